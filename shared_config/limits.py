@@ -1,0 +1,48 @@
+"""Up to how many bytes one fused call beats the unfused steps: measured, per GPU family and group size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@dataclass(frozen=True)
+class ByteLimit:
+    """The largest `num_tokens * hidden_size * itemsize` of one call that should fuse, and who says so."""
+
+    max_bytes: int
+    source: str
+
+
+# Keyed by (GPU family, ranks in the group). Add an entry only with its measurement: other projects' limits
+# for the same kernel differ by a factor of 4 to 16, so copying one of them is a guess.
+MEASURED_LIMITS = {
+    (90, 2): ByteLimit(
+        8 * MIB,
+        "measured on 2x H200, FlashInfer 0.7.2.post1: 2048 tokens x 2048 hidden x 2 B is still 1.1x faster "
+        "fused (51.3 us against 54.9 us); nothing larger was measured",
+    ),
+}
+
+# The smallest limit in vLLM's FI_ALLREDUCE_FUSION_MAX_SIZE_MB (SM90, eight ranks). Decode batches fit under
+# it, and decode is where fusing gains in every published measurement; long prefill does not always gain.
+UNMEASURED_LIMIT = ByteLimit(
+    512 * KIB, "not measured here for this GPU family and group size: the smallest limit that vLLM uses"
+)
+
+
+def byte_limit(sm_family: int | None, group_sizes: tuple[int, ...]) -> ByteLimit:
+    """The limit that holds for every group size in `group_sizes`: the smallest of theirs.
+
+    A group of one rank sums nothing and is skipped.
+    """
+    limits = [
+        MEASURED_LIMITS.get((sm_family, size), UNMEASURED_LIMIT)
+        if sm_family is not None
+        else UNMEASURED_LIMIT
+        for size in group_sizes
+        if size > 1
+    ]
+    return min(limits, key=lambda limit: limit.max_bytes, default=UNMEASURED_LIMIT)
