@@ -1,0 +1,222 @@
+"""Paying an owed sum: all-reduce + residual add + RMSNorm over one group of ranks, fused or not.
+
+Shapes: T tokens, D hidden. `partial [T, D]` is this rank's part of the sum, `residual [T, D]` the stream
+that it is added to, `weight [D]` the norm's. Callers never ask which way a batch goes:
+`allreduce_residual_rmsnorm` does, per batch, from the group's decision, and counts it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from core_torch.kernels.contract import add_rmsnorm, sum_in_rank_order
+from core_torch.kernels.counts import ReductionCounts
+
+if TYPE_CHECKING:
+    from core_torch.kernels.comm import CommBackend
+    from core_torch.kernels.workspace import Workspace
+    from shared_config import BatchAnswer, FusionDecision
+
+# A custom op takes numbers and tensors only, so it finds its group by a number. Groups of several threads
+# may come and go at the same time, hence the lock; a group that nobody holds any more is forgotten.
+_groups: weakref.WeakValueDictionary[int, ReduceGroup] = weakref.WeakValueDictionary()
+_groups_lock = threading.Lock()
+_next_handle = itertools.count()
+
+
+@dataclass(eq=False)
+class ReduceGroup:
+    """The ranks that a sum is owed by, and how they pay it.
+
+    `side` is "attention" or "mlp"; `ranks` are global, `rank` is this process's place among them;
+    `device_group` is the torch group of their devices (None for a group of one), `comm` their CPU messages;
+    `workspace` is None when nothing is fused.
+    """
+
+    name: str
+    side: str
+    ranks: tuple[int, ...]
+    rank: int
+    device_group: dist.ProcessGroup | None
+    comm: CommBackend
+    decision: FusionDecision
+    workspace: Workspace | None = None
+    counts: ReductionCounts = field(default_factory=ReductionCounts)
+    handle: int = field(init=False)
+    _answers: dict[tuple[int, int], BatchAnswer] = field(init=False, default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(
+                f"group {self.name}: rank {self.rank} is not one of {self.size} ranks {self.ranks}"
+            )
+        if self.size > 1 and self.device_group is None:
+            raise ValueError(f"group {self.name}: ranks {self.ranks} need a torch process group, got None")
+        with _groups_lock:
+            self.handle = next(_next_handle)
+            _groups[self.handle] = self
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def fuses(self, num_tokens: int, itemsize: int) -> BatchAnswer:
+        """Whether a batch of `num_tokens` is fused, and why not. Remembered: a model asks twice per layer."""
+        key = (num_tokens, itemsize)
+        if key not in self._answers:
+            self._answers[key] = self.decision.fuses(
+                num_tokens, side=self.side, itemsize=itemsize, owed_ranks=self.ranks, op_ranks=self.ranks
+            )
+        return self._answers[key]
+
+
+def allreduce_residual_rmsnorm(
+    partial: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    *,
+    group: ReduceGroup,
+    eps: float,
+    weight_bias: float,
+) -> tuple[Tensor, Tensor]:
+    """Pays `group`'s sum: -> (residual + sum of partial over ranks, its norm times `weight_bias + weight`).
+
+    Consumes `partial`: its contents are undefined afterwards, as the sum must not be paid twice. `residual`
+    may be None (none yet); the result's residual is then the sum. A group of one launches no collective and
+    counts nothing. Under `torch.compile` this is one opaque op. All ranks of the group call with the same
+    shapes, in the same order.
+
+    Raises ValueError or TypeError for operands that do not fit together.
+    """
+    check_operands(partial, residual, weight)
+    if group.size == 1 or partial.shape[0] == 0:
+        return add_rmsnorm(partial, residual, weight, eps, weight_bias)
+    return torch.ops.crossfuse.allreduce_residual_rmsnorm(
+        partial, residual, weight, group.handle, eps, weight_bias
+    )
+
+
+def fused(
+    partial: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    *,
+    group: ReduceGroup,
+    eps: float,
+    weight_bias: float,
+) -> tuple[Tensor, Tensor]:
+    """`allreduce_residual_rmsnorm` in one kernel, through the workspace. ValueError where there is none."""
+    if group.workspace is None:
+        raise ValueError(f"group {group.name} has no workspace to fuse in: {group.decision.reason}")
+    # The kernel always adds a residual; before the first layer there is none yet.
+    residual = torch.zeros_like(partial) if residual is None else residual
+    outputs = group.workspace.run(partial, residual, weight, eps, weight_bias)
+    group.counts.add(fused=1)
+    return outputs
+
+
+def unfused(
+    partial: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    *,
+    group: ReduceGroup,
+    eps: float,
+    weight_bias: float,
+) -> tuple[Tensor, Tensor]:
+    """`allreduce_residual_rmsnorm` in three steps, the sum in place in `partial`."""
+    # With no residual the sum becomes the residual, which must not be the partial that was consumed.
+    summed = _sum_in_place(partial.clone() if residual is None else partial, group)
+    group.counts.add(unfused=1)
+    return add_rmsnorm(summed, residual, weight, eps, weight_bias)
+
+
+def all_reduce(x: Tensor, *, group: ReduceGroup) -> Tensor:
+    """The plain sum over `group`'s ranks, in place in `x` (contiguous); returns `x`. Counted as `plain`."""
+    if not x.is_contiguous():
+        raise ValueError(f"x must be contiguous, got shape {tuple(x.shape)} with strides {x.stride()}")
+    if group.size > 1 and x.numel() > 0:
+        torch.ops.crossfuse.all_reduce(x, group.handle)
+    return x
+
+
+def check_operands(partial: Tensor, residual: Tensor | None, weight: Tensor) -> None:
+    """`partial [T, D]`, `residual [T, D]`, `weight [D]`: one dtype, one device, contiguous."""
+    if partial.dim() != 2:
+        raise ValueError(f"partial must be [num_tokens, hidden_size], got shape {tuple(partial.shape)}")
+    if not partial.dtype.is_floating_point:
+        raise TypeError(f"partial must be float16, bfloat16 or float32, got {partial.dtype}")
+    shapes = {"partial": tuple(partial.shape), "weight": tuple(partial.shape[1:])}
+    operands = {"partial": partial, "weight": weight}
+    if residual is not None:
+        shapes["residual"], operands["residual"] = tuple(partial.shape), residual
+    for name, operand in operands.items():
+        if tuple(operand.shape) != shapes[name]:
+            raise ValueError(
+                f"{name} must have shape {shapes[name]} to go with partial {tuple(partial.shape)}, "
+                f"got {tuple(operand.shape)}"
+            )
+        if operand.dtype != partial.dtype:
+            raise TypeError(f"{name} must have partial's dtype {partial.dtype}, got {operand.dtype}")
+        if operand.device != partial.device:
+            raise ValueError(f"{name} must be on partial's device {partial.device}, got {operand.device}")
+        if not operand.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {operand.stride()}; call .contiguous()")
+
+
+def _sum_in_place(x: Tensor, group: ReduceGroup) -> Tensor:
+    """`x` summed over the group; in rank order when the decision is deterministic."""
+    if not group.decision.deterministic:
+        dist.all_reduce(x, group=group.device_group)
+        return x
+    # A ring or tree adds in an order that depends on the size of the message, so the order is pinned here.
+    parts = x.new_empty((group.size, *x.shape))
+    dist.all_gather(list(parts.unbind()), x, group=group.device_group)
+    return x.copy_(sum_in_rank_order(parts))
+
+
+def _group(handle: int) -> ReduceGroup:
+    with _groups_lock:
+        group = _groups.get(handle)
+    if group is None:
+        raise RuntimeError(f"reduce group {handle} is gone; a compiled model must not outlive its groups")
+    return group
+
+
+@torch.library.custom_op("crossfuse::allreduce_residual_rmsnorm", mutates_args=("partial",))
+def _pay(
+    partial: Tensor, residual: Tensor | None, weight: Tensor, handle: int, eps: float, weight_bias: float
+) -> tuple[Tensor, Tensor]:
+    """Fused or not is asked here, at run time, so that one compiled model serves batches of both kinds."""
+    group = _group(handle)
+    fits = group.workspace is not None and group.workspace.takes(partial)
+    pay = fused if fits and group.fuses(partial.shape[0], partial.itemsize).fuses else unfused
+    return pay(partial, residual, weight, group=group, eps=eps, weight_bias=weight_bias)
+
+
+@_pay.register_fake
+def _(
+    partial: Tensor, residual: Tensor | None, weight: Tensor, handle: int, eps: float, weight_bias: float
+) -> tuple[Tensor, Tensor]:
+    del residual, weight, handle, eps, weight_bias
+    return torch.empty_like(partial), torch.empty_like(partial)
+
+
+@torch.library.custom_op("crossfuse::all_reduce", mutates_args=("x",))
+def _all_reduce(x: Tensor, handle: int) -> None:
+    group = _group(handle)
+    _sum_in_place(x, group)
+    group.counts.add(plain=1)
+
+
+@_all_reduce.register_fake
+def _(x: Tensor, handle: int) -> None:
+    del x, handle
