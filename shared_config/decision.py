@@ -87,14 +87,14 @@ class FusionDecision:
         elif num_tokens < 1:
             refusal = "the batch has no tokens"
         elif num_tokens > limit:
-            refusal = f"{num_tokens} tokens are above the limit of {limit} ({self.max_bytes} bytes)"
+            refusal = f"num_tokens {num_tokens} is above the limit of {limit} ({self.max_bytes} bytes)"
         elif group == 1:
             refusal = f"the {side} group has one rank: nothing to reduce"
         elif owed_ranks is not None and op_ranks is not None and sorted(owed_ranks) != sorted(op_ranks):
             refusal = f"the sum is owed to ranks {sorted(owed_ranks)}, the op reduces over {sorted(op_ranks)}"
         elif side == "mlp":
             refusal = self._mlp_refusal(is_last_layer and not final_norm_takes_sum, op_ranks)
-        return BatchAnswer(not refusal, refusal or f"{num_tokens} tokens are within the limit of {limit}")
+        return BatchAnswer(not refusal, refusal or f"num_tokens {num_tokens} is within the limit of {limit}")
 
     def _mlp_refusal(self, nobody_takes_sum: bool, op_ranks: tuple[int, ...] | None) -> str:
         layout = self.layout
@@ -212,4 +212,5 @@ def _limit(layout: ParallelLayout, hardware: HardwareInfo, request: FusionReques
 
 
 def _explain(rule: RuleResult) -> str:
-    return f"{rule.name} ({rule.value}): {rule.why}"
+    value = "unknown" if rule.value is None else rule.value
+    return f"{rule.name} ({value}): {rule.why}"

@@ -26,7 +26,7 @@ def probe_hardware() -> HardwareInfo:
     """The GPUs that torch sees here, described by the first; a machine without one gives a "cpu" answer."""
     try:
         import torch
-    except ImportError:
+    except (ImportError, OSError):  # OSError: installed, but a library that it links is not
         return HardwareInfo()
     if not torch.cuda.is_available():
         return HardwareInfo(cuda=torch.version.cuda or "")

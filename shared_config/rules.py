@@ -96,7 +96,10 @@ class FusionRequest:
 
 @dataclass(frozen=True)
 class RuleResult:
-    """One rule's answer: `value` was looked at, `why` says what follows from it, `source` who set the rule."""
+    """One rule's answer: `value` was looked at, `why` says what follows.
+
+    `source` is who set the rule, as project#number for a public issue or pull request.
+    """
 
     name: str
     passed: bool
@@ -134,7 +137,7 @@ DEVICE_BANS = (
         # release fixed it is not recorded, so everything older stays banned.
         flashinfer_versions="<0.6.11.post1",
         why="FlashInfer's all-reduce module does not build there",
-        source="FlashInfer issue 2204, SGLang PR 22664, lifted in SGLang PR 26470",
+        source="flashinfer#2204, lifted in sglang#26470",
     ),
 )
 
@@ -159,9 +162,9 @@ def deterministic(facts: Facts) -> RuleResult:
     why = (
         "the kernel's launch shape depends on the number of tokens, so its bits may too"
         if asked
-        else "bitwise reproducible results were not asked for"
+        else "not asked for"
     )
-    return RuleResult("deterministic", not asked, asked, why, "SGLang PR 24629")
+    return RuleResult("deterministic", not asked, asked, why, "sglang#24629")
 
 
 def requested_mode(facts: Facts) -> RuleResult:
@@ -177,8 +180,8 @@ def requested_mode(facts: Facts) -> RuleResult:
 def architecture(facts: Facts) -> RuleResult:
     name = facts.model.architecture
     known = name in ARCHITECTURES
-    why = "its norms follow its sums as the op needs" if known else "not one of the architectures that fuse"
-    return RuleResult("architecture", known, name, why, "SGLang PR 22664")
+    why = "it is on the list" if known else "it is not on the list of architectures that fuse"
+    return RuleResult("architecture", known, name, why, "sglang#22664")
 
 
 def compute_capability(facts: Facts) -> RuleResult:
@@ -190,23 +193,19 @@ def compute_capability(facts: Facts) -> RuleResult:
         why = "no CUDA GPU was found"
     else:
         why = f"SM{sm} is {'' if passed else 'not '}of the SM90 or SM100 family"
-    return RuleResult("compute capability", passed, sm, why, "SGLang PR 22664")
+    return RuleResult("compute capability", passed, sm, why, "sglang#22664")
 
 
 def tensor_parallel(facts: Facts) -> RuleResult:
     tp_size = facts.layout.tp_size
     why = "there are partial sums to reduce" if tp_size > 1 else "one rank has nothing to reduce"
-    return RuleResult("tensor parallel", tp_size > 1, tp_size, why, "SGLang PR 22664")
+    return RuleResult("tensor parallel", tp_size > 1, tp_size, why, "sglang#22664")
 
 
 def attention_data_parallel(facts: Facts) -> RuleResult:
     size = facts.layout.attn_dp_size
-    why = (
-        "off"
-        if size == 1
-        else "ranks hold different tokens, so sums are gathered and scattered, not all-reduced"
-    )
-    return RuleResult("attention data parallel", size == 1, size, why, "SGLang PR 22664")
+    why = "off" if size == 1 else "ranks hold different tokens, so sums are not just all-reduced"
+    return RuleResult("attention data parallel", size == 1, size, why, "sglang#22664")
 
 
 def single_node(facts: Facts) -> RuleResult:
@@ -219,7 +218,7 @@ def single_node(facts: Facts) -> RuleResult:
         passed, why = False, "mnnvl spans nodes only on the SM100 family"
     else:
         passed, why = True, "mnnvl spans nodes on the SM100 family"
-    return RuleResult("single node", passed, nnodes, why, "FlashInfer issue 2006, SGLang PR 22664")
+    return RuleResult("single node", passed, nnodes, why, "flashinfer#2006")
 
 
 def device_ban(facts: Facts) -> RuleResult:
@@ -238,21 +237,19 @@ def device_ban(facts: Facts) -> RuleResult:
 def moe_all_to_all(facts: Facts) -> RuleResult:
     name = facts.request.moe_a2a_backend
     why = "the MoE leaves partial sums" if name == "none" else "all-to-all combines the experts' sums itself"
-    return RuleResult("MoE all-to-all backend", name == "none", name, why, "SGLang PR 22664")
+    return RuleResult("MoE all-to-all backend", name == "none", name, why, "sglang#22664")
 
 
 def context_parallel(facts: Facts) -> RuleResult:
     size = facts.layout.attn_cp_size
-    return RuleResult(
-        "context parallel", True, size, "any size: the op runs on any sub-group", "SGLang PR 21249"
-    )
+    return RuleResult("context parallel", True, size, "any size will do", "sglang#21249")
 
 
 def flashinfer_api(facts: Facts) -> RuleResult:
     info = facts.flashinfer
     version = info.version or None
     if facts.backend == "reference":
-        return RuleResult("FlashInfer", True, version, REFERENCE_WHY, "SGLang PR 26197")
+        return RuleResult("FlashInfer", True, version, REFERENCE_WHY, "sglang#26197")
     missing = sorted((NEEDED_WORKSPACE_PARAMS - info.workspace_params) | (NEEDED_OP_PARAMS - info.op_params))
     if not info.installed:
         passed, why = False, info.reason or "FlashInfer is not installed"
@@ -261,8 +258,8 @@ def flashinfer_api(facts: Facts) -> RuleResult:
     elif missing:
         passed, why = False, f"its fused all-reduce does not take {', '.join(missing)}"
     else:
-        passed, why = True, "it takes every parameter that the call needs"
-    return RuleResult("FlashInfer", passed, version, why, "SGLang PR 26197")
+        passed, why = True, "it takes what the call needs"
+    return RuleResult("FlashInfer", passed, version, why, "sglang#26197")
 
 
 def multicast(facts: Facts) -> RuleResult:
@@ -278,11 +275,11 @@ def multicast(facts: Facts) -> RuleResult:
         passed, why = False, f"mnnvl needs NVLink multicast, and this machine {state} it"
     else:
         passed, why = True, "available, and the operator consents"
-    return RuleResult("multicast", passed, available, why, "FlashInfer, vLLM PR 45800")
+    return RuleResult("multicast", passed, available, why, "vllm#45800")
 
 
 def group_size(facts: Facts) -> RuleResult:
-    sizes = {"attention-TP": facts.layout.attn_tp_size, "MoE": facts.layout.moe_reduce_size}
+    sizes = {"attention": facts.layout.attn_tp_size, "MoE": facts.layout.moe_reduce_size}
     value = ", ".join(f"{name} {size}" for name, size in sizes.items())
     wrong = [size for size in sizes.values() if size != 1 and size not in GROUP_SIZES]
     if all(size == 1 for size in sizes.values()):
@@ -290,10 +287,10 @@ def group_size(facts: Facts) -> RuleResult:
     elif facts.backend == "reference":
         passed, why = True, REFERENCE_WHY
     elif wrong:
-        passed, why = False, f"the kernel is built for 2, 4, 8 and 16 ranks, not {wrong[0]}"
+        passed, why = False, f"the kernel is not built for {wrong[0]} ranks, only for 2, 4, 8 and 16"
     else:
-        passed, why = True, "the kernel is built for 2, 4, 8 and 16 ranks"
-    return RuleResult("group size", passed, value, why, "FlashInfer 0.7.2 trtllm_allreduce_fusion")
+        passed, why = True, "the kernel is built for 2, 4, 8, 16"
+    return RuleResult("group size", passed, value, why, "flashinfer 0.7.2")
 
 
 def row_alignment(facts: Facts) -> RuleResult:
@@ -306,7 +303,7 @@ def row_alignment(facts: Facts) -> RuleResult:
             aligned,
             f"a row is {'' if aligned else 'not '}a multiple of {ROW_ALIGNMENT_BYTES} bytes",
         )
-    return RuleResult("row alignment", passed, row_bytes, why, "FlashInfer 0.7.2 trtllm_allreduce_fusion")
+    return RuleResult("row alignment", passed, row_bytes, why, "flashinfer 0.7.2")
 
 
 def peer_access(facts: Facts) -> RuleResult:
@@ -314,10 +311,10 @@ def peer_access(facts: Facts) -> RuleResult:
     if facts.backend == "reference":
         passed, why = True, REFERENCE_WHY
     elif p2p is None:
-        passed, why = True, "not known here: start-up will tell"
+        passed, why = True, "start-up will tell"
     else:
         passed, why = p2p, f"the GPUs {'can' if p2p else 'cannot'} read each other's memory"
-    return RuleResult("peer access", passed, p2p, why, "FlashInfer 0.7.2 workspaces")
+    return RuleResult("peer access", passed, p2p, why, "flashinfer 0.7.2")
 
 
 RULES: tuple[Callable[[Facts], RuleResult], ...] = (
