@@ -16,7 +16,9 @@ import torch
 from tests.ranks import RankPool
 
 torch.set_num_threads(1)
-torch.utils.deterministic.fill_uninitialized_memory = True
+if not torch.cuda.is_available():  # torch.empty is NaN-filled, so that reading unwritten memory shows
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 @pytest.fixture(scope="session")

@@ -28,15 +28,23 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(rank: int, world_size: int, port: int, backend: str, pipe: multiprocessing.connection.Connection) -> None:
+def _serve(
+    rank: int, world_size: int, port: int, backend: str, pipe: multiprocessing.connection.Connection
+) -> None:
     os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1"
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        OMP_NUM_THREADS="1",
     )
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     device = None
+    if backend == "gloo":
+        torch.use_deterministic_algorithms(True)  # torch.empty is NaN-filled
     if backend == "nccl":
         torch.cuda.set_device(rank)
         device = torch.device("cuda", rank)
@@ -69,7 +77,9 @@ class RankPool:
         port = free_port()
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, backend, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, world_size, port, backend, theirs), daemon=True
+            )
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -86,7 +96,9 @@ class RankPool:
         failures: dict[int, str] = {}
         waiting = dict(enumerate(self._pipes))
         while waiting:
-            ready = multiprocessing.connection.wait(list(waiting.values()), max(0.0, deadline - time.monotonic()))
+            ready = multiprocessing.connection.wait(
+                list(waiting.values()), max(0.0, deadline - time.monotonic())
+            )
             if not ready:
                 self.close()
                 raise RankError(f"ranks {sorted(waiting)} gave no answer in {timeout:g} s: {failures or fn}")

@@ -1,0 +1,74 @@
+"""Gated full attention: q and an output gate from one projection, normed q and k, partial rotary, GQA.
+
+Shapes: T tokens, D hidden, H local query heads, G local KV heads, d head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from core_torch.batch import Batch
+from core_torch.cache import KVCache
+from core_torch.kernels.allreduce import ReduceGroup
+from core_torch.kernels.attention import decode_attention, prefill_attention, write_kv
+from core_torch.kernels.rope import apply_rotary, rotary_cos_sin
+from core_torch.layers.linear import Linear, RowParallelLinear
+from core_torch.layers.norm import RMSNorm
+from core_torch.partial_sum import PartialSum
+from shared_config.checkpoint import head_share
+from shared_config.model import Qwen3NextConfig
+
+
+class GatedAttention(nn.Module):
+    """x [T, D] -> this rank's part of the attention output [T, D]."""
+
+    def __init__(self, config: Qwen3NextConfig, group: ReduceGroup) -> None:
+        super().__init__()
+        self.num_heads = len(
+            head_share(config.num_attention_heads, group.rank, group.size, "num_attention_heads")
+        )
+        self.num_kv_heads = len(
+            head_share(config.num_key_value_heads, group.rank, group.size, "num_key_value_heads")
+        )
+        self.head_dim, self.rotary_dim, self.rope_theta = (
+            config.head_dim,
+            config.rotary_dim,
+            config.rope_theta,
+        )
+        self.sizes = [self.num_heads * self.head_dim] * 2 + [self.num_kv_heads * self.head_dim] * 2
+        self.in_proj = Linear(config.hidden_size, sum(self.sizes), bias=config.attention_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.out_proj = RowParallelLinear(
+            self.sizes[0], config.hidden_size, group, bias=config.attention_bias
+        )
+
+    def forward(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> PartialSum:
+        T = x.shape[0]
+        q, gate, k, v = self.in_proj(x).split(self.sizes, dim=-1)
+        q = self.q_norm(q.reshape(T, self.num_heads, self.head_dim))
+        k = self.k_norm(k.reshape(T, self.num_kv_heads, self.head_dim))
+        v = v.reshape(T, self.num_kv_heads, self.head_dim)
+        cos, sin = rotary_cos_sin(batch.positions, rotary_dim=self.rotary_dim, theta=self.rope_theta)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        write_kv(k, v, cache.k, cache.v, batch.kv_slots)
+        out = self._attend(q, batch, cache)
+        return self.out_proj(out.reshape(T, -1) * gate.sigmoid())
+
+    def _attend(self, q: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
+        scale = self.head_dim**-0.5
+        if batch.is_decode:
+            return decode_attention(q, cache.k, cache.v, batch.page_tables, batch.lengths, scale=scale)
+        outs = [
+            prefill_attention(
+                q[s.first : s.first + s.num_tokens],
+                cache.k,
+                cache.v,
+                batch.page_tables[i],
+                start=s.start,
+                scale=scale,
+            )
+            for i, s in enumerate(batch.spans)
+        ]
+        return torch.cat(outs)

@@ -1,0 +1,95 @@
+"""Gated DeltaNet: short causal convolution, gated delta rule, gated norm; the state of a sequence has fixed size.
+
+Shapes: T tokens, D hidden, H local key heads, HV local value heads, dk, dv head dims, C = 2 H dk + HV dv channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from core_torch.batch import Batch
+from core_torch.cache import StateCache
+from core_torch.kernels.allreduce import ReduceGroup
+from core_torch.kernels.causal_conv import causal_conv, causal_conv_step
+from core_torch.kernels.gated_delta_rule import (
+    chunk_gated_delta_rule,
+    gated_delta_gates,
+    gated_delta_rule_step,
+)
+from core_torch.layers.linear import Linear, RowParallelLinear
+from core_torch.layers.norm import GatedRMSNorm
+from core_torch.partial_sum import PartialSum
+from shared_config.checkpoint import div_even
+from shared_config.model import Qwen3NextConfig
+
+
+class CausalConv(nn.Module):
+    """The taps [C, K] of the depthwise convolution."""
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, taps), requires_grad=False)
+
+
+class GatedDeltaNet(nn.Module):
+    """x [T, D] -> this rank's part of the mixer's output [T, D]."""
+
+    def __init__(self, config: Qwen3NextConfig, group: ReduceGroup) -> None:
+        super().__init__()
+        self.num_k_heads = div_even(config.linear_num_key_heads, group.size, "linear_num_key_heads")
+        self.num_v_heads = div_even(config.linear_num_value_heads, group.size, "linear_num_value_heads")
+        self.k_dim, self.v_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        key, value = self.num_k_heads * self.k_dim, self.num_v_heads * self.v_dim
+        self.sizes = [2 * key + value, value, self.num_v_heads, self.num_v_heads]
+        self.in_proj = Linear(config.hidden_size, sum(self.sizes))
+        self.conv = CausalConv(self.sizes[0], config.linear_conv_kernel_dim)
+        self.A_log = nn.Parameter(torch.empty(self.num_v_heads), requires_grad=False)
+        self.dt_bias = nn.Parameter(torch.empty(self.num_v_heads), requires_grad=False)
+        self.norm = GatedRMSNorm(self.v_dim, config.rms_norm_eps)
+        self.out_proj = RowParallelLinear(value, config.hidden_size, group)
+
+    def forward(self, x: torch.Tensor, batch: Batch, cache: StateCache) -> PartialSum:
+        T = x.shape[0]
+        qkv, z, b, a = self.in_proj(x).split(self.sizes, dim=-1)
+        g, beta = gated_delta_gates(a, b, self.A_log, self.dt_bias)
+        out = (
+            self._decode(qkv, g, beta, batch, cache)
+            if batch.is_decode
+            else self._prefill(qkv, g, beta, batch, cache)
+        )
+        return self.out_proj(self.norm(out, z.reshape(out.shape)).reshape(T, -1))
+
+    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        key = self.num_k_heads * self.k_dim
+        q, k, v = qkv.split([key, key, self.num_v_heads * self.v_dim], dim=-1)
+        return (
+            q.unflatten(-1, (self.num_k_heads, self.k_dim)),
+            k.unflatten(-1, (self.num_k_heads, self.k_dim)),
+            v.unflatten(-1, (self.num_v_heads, self.v_dim)),
+        )
+
+    def _decode(
+        self, qkv: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, batch: Batch, cache: StateCache
+    ) -> torch.Tensor:
+        slots = batch.state_slots
+        qkv, conv = causal_conv_step(qkv, cache.conv[slots], self.conv.weight)
+        cache.conv[slots] = conv
+        out, state = gated_delta_rule_step(*self._heads(qkv), g, beta, cache.recurrent[slots])
+        cache.recurrent[slots] = state
+        return out
+
+    def _prefill(
+        self, qkv: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, batch: Batch, cache: StateCache
+    ) -> torch.Tensor:
+        outs = []
+        for i, span in enumerate(batch.spans):
+            rows, slot = slice(span.first, span.first + span.num_tokens), batch.state_slots[i]
+            conv, state = cache.conv[slot], cache.recurrent[slot]
+            if span.start == 0:  # the slot holds its previous owner's state
+                conv, state = torch.zeros_like(conv), torch.zeros_like(state)
+            mixed, conv = causal_conv(qkv[rows], conv, self.conv.weight)
+            out, state = chunk_gated_delta_rule(*self._heads(mixed), g[rows], beta[rows], state)
+            cache.conv[slot], cache.recurrent[slot] = conv, state
+            outs.append(out)
+        return torch.cat(outs)

@@ -1,0 +1,186 @@
+"""`LLM`: generate text with Qwen3-Next over any number of ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+
+from core_torch.session import Session, SessionSpec, load_tokenizer, open_session
+from core_torch.worker import WorkerGroup
+from shared_config import FusionDecision, FusionRequest, ParallelLayout, Qwen3NextConfig
+from shared_config.generation import Request
+from shared_config.results import RequestOutput
+from shared_config.sampling import SamplingParams
+from shared_config.settings import EngineSettings
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A loaded model. Use it as a context manager, or call `close`.
+
+    model: a Hugging Face checkpoint folder. fusion "auto" | "on" | "off", deterministic, backend, allow_multicast and
+    max_fused_bytes are the fusion request (`shared_config.FusionRequest`); the answer is in `llm.fusion`.
+    device: "cuda" | "cpu" | "auto". Further keywords are `EngineSettings`' (dtype, max_num_seqs, max_model_len, ...).
+
+    With tensor_parallel_size > 1 it starts that many worker processes, or, under torchrun with as many ranks, runs
+    this rank in this process (every rank then makes the same calls). Raises ValueError for bad arguments, FusionError
+    when fusion="on" cannot be had, RankFailure when a rank fails or dies.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        tensor_parallel_size: int = 1,
+        fusion: Literal["auto", "on", "off"] = "auto",
+        deterministic: bool = False,
+        dtype: str = "auto",
+        *,
+        device: str = "auto",
+        backend: str = "auto",
+        allow_multicast: bool = False,
+        max_fused_bytes: int | None = None,
+        **settings: Any,
+    ) -> None:
+        folder = Path(model)
+        self.config = Qwen3NextConfig.from_hf(folder)
+        layout = ParallelLayout(tp_size=tensor_parallel_size)
+        layout.validate(self.config)
+        tokenizer_file = folder / "tokenizer.json"
+        self._spec = SessionSpec(
+            config=self.config,
+            layout=layout,
+            request=FusionRequest(
+                mode=fusion,
+                deterministic=deterministic,
+                backend=backend,
+                allow_multicast=allow_multicast,
+                max_bytes=max_fused_bytes,
+            ),
+            settings=EngineSettings(str(folder), dtype=dtype, deterministic=deterministic, **settings),
+            device=_choose_device(device, tensor_parallel_size),
+            tokenizer_file=str(tokenizer_file) if tokenizer_file.exists() else None,
+        )
+        self.tokenizer = load_tokenizer(self._spec.tokenizer_file)
+        self._workers: WorkerGroup | None = None
+        self._session: Session | None = None
+        self._stack = ExitStack()
+        if tensor_parallel_size == 1:
+            self._session = self._stack.enter_context(open_session(self._spec, local_rank=0))
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            self._session = self._stack.enter_context(open_session(self._spec, int(os.environ["LOCAL_RANK"])))
+        else:
+            self._workers = WorkerGroup(self._spec, tensor_parallel_size)
+            self._stack.callback(self._workers.close)
+        self.fusion: FusionDecision = (self._workers or self._session).decision  # type: ignore[union-attr]
+
+    @overload
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        stream: Literal[False] = False,
+    ) -> list[RequestOutput]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        stream: Literal[True],
+    ) -> Iterator[RequestOutput]: ...
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        stream: bool = False,
+    ) -> list[RequestOutput] | Iterator[RequestOutput]:
+        """Continue each prompt (text or token ids). One `params` for all, or one for each.
+
+        Returns the outputs in the prompts' order; with `stream=True` an iterator that gives an output each time that
+        it has grown. A request that can never run has finish_reason "refused" and says why; the others go on.
+        """
+        requests = self._requests(prompts, params)
+        steps = self._run(requests)
+        if stream:
+            return (output for outputs in steps for output in outputs)
+        final = {output.index: output for outputs in steps for output in outputs}
+        return [final[i] for i in range(len(requests))]
+
+    def _run(self, requests: list[Request]) -> Iterator[list[RequestOutput]]:
+        if self._session is not None:
+            return self._session.generate(requests)
+        if self._workers is not None and self._workers.pids:
+            return self._workers.generate(requests)
+        raise RuntimeError("this LLM is closed; make a new one")
+
+    def _requests(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Request]:
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]
+        params = SamplingParams() if params is None else params
+        many = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(many) != len(prompts):
+            raise ValueError(
+                f"params has {len(many)} entries for {len(prompts)} prompts; give one, or one for each"
+            )
+        requests = []
+        for index, (prompt, one) in enumerate(zip(prompts, many, strict=True)):
+            text = prompt if isinstance(prompt, str) else None
+            ids = self.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+            outside = [t for t in ids if not 0 <= t < self.config.vocab_size]
+            if outside:
+                raise ValueError(
+                    f"prompts[{index}] has token id {outside[0]}, outside the vocabulary of {self.config.vocab_size}"
+                )
+            seed = one.seed if one.seed is not None else self._fresh_seed()
+            requests.append(Request(index, text, ids, one, seed))
+        return requests
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text`. Raises ValueError without a tokenizer.json."""
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self._spec.settings.model!r} has no tokenizer.json; give token ids instead of text"
+            )
+        return self.tokenizer.encode(text).ids  # type: ignore[attr-defined]
+
+    def _fresh_seed(self) -> int:
+        """A random seed; under torchrun all ranks must draw the same, so there it comes from rank 0."""
+        seed = int.from_bytes(os.urandom(7), "little")
+        if self._workers is None and self._session is not None:
+            seed = self._session.runner.parallel.attention.comm.bcast(seed, 0)
+        return seed
+
+    def close(self) -> None:
+        """End the ranks and give their memory back."""
+        self._session = None
+        self._stack.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _choose_device(device: str, ranks: int) -> str:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f'device must be "auto", "cpu" or "cuda", got {device!r}')
+    if device == "cpu" or (device == "auto" and count == 0):
+        return "cpu"
+    if count < ranks:
+        raise ValueError(
+            f"tensor_parallel_size={ranks} needs {ranks} GPUs, this machine has {count}; use fewer ranks or "
+            'device="cpu"'
+        )
+    return "cuda"

@@ -1,0 +1,114 @@
+"""One rank's model and cache: runs a step of the scheduler, samples, and says what ran fused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from core_torch.batch import Batch, build_batch
+from core_torch.cache import cache_bytes, make_cache
+from core_torch.models.qwen3_next import Qwen3Next
+from core_torch.parallel import Parallel
+from core_torch.sampler import sample_sequences
+from core_torch.weights import fill_dummy, load_checkpoint, materialize
+from shared_config import Qwen3NextConfig
+from shared_config.generation import StepResult
+from shared_config.results import Reductions
+from shared_config.scheduler import Step
+from shared_config.settings import EngineSettings
+
+
+class ModelRunner:
+    """Loads the weights, sizes the cache, runs steps."""
+
+    def __init__(
+        self, config: Qwen3NextConfig, parallel: Parallel, settings: EngineSettings, dtype: torch.dtype
+    ) -> None:
+        self.config, self.parallel, self.settings = config, parallel, settings
+        with torch.device("meta"):
+            self.model = Qwen3Next(config, parallel.attention, parallel.mlp)
+        materialize(self.model, dtype, parallel.device)
+        if settings.load_format == "dummy":
+            fill_dummy(self.model, seed=settings.seed)
+        else:
+            load_checkpoint(self.model, Path(settings.model), progress=parallel.rank == 0)
+        self.num_pages = settings.num_pages or self._affordable_pages(dtype)
+        self.cache = make_cache(
+            config,
+            tp_size=parallel.attention.size,
+            num_pages=self.num_pages,
+            page_size=settings.page_size,
+            num_slots=settings.max_num_seqs,
+            dtype=dtype,
+            device=parallel.device,
+        )
+
+    def _affordable_pages(self, dtype: torch.dtype) -> int:
+        """Enough pages for every slot at max_model_len, or what fits into the memory that is left."""
+        s = self.settings
+        wanted = s.max_num_seqs * -(-s.max_model_len // s.page_size)
+        if self.parallel.device.type != "cuda":
+            return wanted
+        page, slot = cache_bytes(
+            self.config, tp_size=self.parallel.attention.size, page_size=s.page_size, itemsize=dtype.itemsize
+        )
+        free, total = torch.cuda.mem_get_info(self.parallel.device)
+        budget = free - int(total * (1 - s.memory_fraction)) - (s.max_num_seqs + 1) * slot
+        fits = min(self.parallel.attention.comm.allgather(budget // max(page, 1)))
+        if fits < 1:
+            raise MemoryError(
+                f"no memory is left for the KV cache: {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free after the "
+                f"weights; raise memory_fraction={s.memory_fraction}, lower max_num_seqs, or use more ranks"
+            )
+        return min(wanted, fits)
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> StepResult:
+        """Run the model over `step`'s tokens and sample where a chunk ends its prompt or decodes."""
+        all_logits = step.prefill and any(chunk.sequence.params.prompt_logprobs for chunk in step.chunks)
+        before = self._reductions()
+        batch = build_batch(
+            step, page_size=self.settings.page_size, device=self.parallel.device, all_logits=all_logits
+        )
+        logits = self.model(batch, self.cache)
+        after = self._reductions()
+        sampling = [chunk for chunk in step.chunks if chunk.samples]
+        prompt_logprobs: list[list[float]] = []
+        if all_logits:
+            prompt_logprobs = self._prompt_logprobs(step, batch, logits)
+            logits = logits[
+                [
+                    s.first + s.num_tokens - 1
+                    for s, c in zip(batch.spans, step.chunks, strict=True)
+                    if c.samples
+                ]
+            ]
+        tokens: list[int] = []
+        if sampling:
+            chosen = sample_sequences(logits, [chunk.sequence for chunk in sampling])
+            tokens = self.parallel.broadcast_tokens(chosen).tolist()
+        wants_logits = any(chunk.sequence.params.return_logits for chunk in sampling)
+        return StepResult(
+            tokens=tokens,
+            reductions=Reductions(after.fused - before.fused, after.unfused - before.unfused),
+            logits=list(logits.cpu().numpy()) if wants_logits else None,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    @staticmethod
+    def _prompt_logprobs(step: Step, batch: Batch, logits: torch.Tensor) -> list[list[float]]:
+        """For each chunk, the log-probabilities of the prompt tokens that follow its rows."""
+        found = []
+        for span, chunk in zip(batch.spans, step.chunks, strict=True):
+            following = chunk.sequence.prompt[span.start + 1 : span.start + span.num_tokens + 1]
+            rows = logits[span.first : span.first + len(following)].log_softmax(-1)
+            targets = torch.tensor(following, dtype=torch.int64, device=logits.device)
+            found.append(rows.gather(-1, targets[:, None])[:, 0].tolist())
+        return found
+
+    def _reductions(self) -> Reductions:
+        counts = {
+            id(group.counts): group.counts for group in (self.parallel.attention, self.parallel.mlp)
+        }.values()
+        return Reductions(sum(c.fused for c in counts), sum(c.unfused for c in counts))

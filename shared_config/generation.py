@@ -1,0 +1,118 @@
+"""The loop from requests to text, for either framework: schedule a step, run it, hand out its tokens.
+
+Every rank runs this loop over the same requests and sees the same sampled tokens, so all ranks take the same steps
+without talking about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from shared_config.results import Reductions, RequestOutput
+from shared_config.sampling import SamplingParams
+from shared_config.scheduler import Scheduler, Sequence, Step
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt (its text only if it came as text), how to continue it, and the seed that its draws come from."""
+
+    index: int
+    prompt: str | None
+    token_ids: list[int]
+    params: SamplingParams
+    seed: int
+
+
+@dataclass
+class StepResult:
+    """What a step gave: a token for each chunk that samples, the norm reductions that ran, and what was asked for:
+    the logits [V] of each sampling chunk, and the log-probabilities of each chunk's following prompt tokens."""
+
+    tokens: list[int]
+    reductions: Reductions
+    logits: list[Any] | None = None
+    prompt_logprobs: list[list[float]] = field(default_factory=list)
+
+
+class Runner(Protocol):
+    """One rank's model."""
+
+    def run(self, step: Step) -> StepResult: ...
+
+
+class Tokenizer(Protocol):
+    """What is used of `tokenizers.Tokenizer`."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
+
+
+class Generation:
+    """One call of `generate`."""
+
+    def __init__(
+        self,
+        requests: list[Request],
+        scheduler: Scheduler,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        self.scheduler, self.tokenizer, self.eos_token_ids = scheduler, tokenizer, eos_token_ids
+        self.outputs: dict[int, RequestOutput] = {}
+        self._refused: list[RequestOutput] = []
+        for request in requests:
+            output = RequestOutput(request.index, request.prompt, request.token_ids)
+            self.outputs[request.index] = output
+            refusal = scheduler.refusal(len(request.token_ids), request.params)
+            if refusal is not None:
+                output.finish_reason, output.error = "refused", refusal
+                self._refused.append(output)
+            else:
+                scheduler.add(Sequence(request.index, request.token_ids, request.params, request.seed))
+
+    def run(self, runner: Runner) -> Iterator[list[RequestOutput]]:
+        """After each step, the outputs that it changed. Refused requests come first; the others go on."""
+        if self._refused:
+            yield self._refused
+        try:
+            while (step := self.scheduler.next_step()) is not None:
+                result = runner.run(step)
+                self.scheduler.advance(step)
+                yield self._hand_out(step, result)
+        finally:
+            self.scheduler.reset()
+
+    def _hand_out(self, step: Step, result: StepResult) -> list[RequestOutput]:
+        tokens = iter(result.tokens)
+        logits = iter(result.logits or ())
+        changed = []
+        for i, chunk in enumerate(step.chunks):
+            sequence = chunk.sequence
+            output = self.outputs[sequence.index]
+            output.reductions += result.reductions
+            if sequence.params.prompt_logprobs and step.prefill:
+                output.prompt_logprobs = (output.prompt_logprobs or []) + result.prompt_logprobs[i]
+            if chunk.samples:
+                sequence.output.append(next(tokens))
+                output.token_ids = list(sequence.output)
+                row = next(logits, None)
+                if sequence.params.return_logits:
+                    output.logits = [*(output.logits or []), row]
+                self._finish_if_done(sequence, output)
+                changed.append(output)
+        return changed
+
+    def _finish_if_done(self, sequence: Sequence, output: RequestOutput) -> None:
+        params = sequence.params
+        if self.tokenizer is not None:
+            output.text = self.tokenizer.decode(sequence.output)
+        if sequence.output[-1] in self.eos_token_ids and not params.ignore_eos:
+            output.finish_reason = "stop"
+        elif ends := [at for at in (output.text.find(stop) for stop in params.stop) if at >= 0]:
+            output.text, output.finish_reason = output.text[: min(ends)], "stop"
+        elif len(sequence.output) >= params.max_tokens:
+            output.finish_reason = "length"
+        if output.finished:
+            self.scheduler.finish(sequence)
