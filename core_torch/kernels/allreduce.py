@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core_torch.kernels.contract import add_rmsnorm, sum_in_rank_order
+from core_torch.kernels.contract import add_rmsnorm, check_operands, sum_in_rank_order
 from core_torch.kernels.counts import ReductionCounts
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def allreduce_residual_rmsnorm(
 
     Raises ValueError or TypeError for operands that do not fit together.
     """
-    check_operands(partial, residual, weight)
+    check_operands(partial, weight, residual=residual)
     if group.size == 1 or partial.shape[0] == 0:
         return add_rmsnorm(partial, residual, weight, eps, weight_bias)
     return torch.ops.crossfuse.allreduce_residual_rmsnorm(
@@ -146,30 +146,6 @@ def all_reduce(x: Tensor, *, group: ReduceGroup) -> Tensor:
     if group.size > 1 and x.numel() > 0:
         torch.ops.crossfuse.all_reduce(x, group.handle)
     return x
-
-
-def check_operands(partial: Tensor, residual: Tensor | None, weight: Tensor) -> None:
-    """`partial [T, D]`, `residual [T, D]`, `weight [D]`: one dtype, one device, contiguous."""
-    if partial.dim() != 2:
-        raise ValueError(f"partial must be [num_tokens, hidden_size], got shape {tuple(partial.shape)}")
-    if not partial.dtype.is_floating_point:
-        raise TypeError(f"partial must be float16, bfloat16 or float32, got {partial.dtype}")
-    shapes = {"partial": tuple(partial.shape), "weight": tuple(partial.shape[1:])}
-    operands = {"partial": partial, "weight": weight}
-    if residual is not None:
-        shapes["residual"], operands["residual"] = tuple(partial.shape), residual
-    for name, operand in operands.items():
-        if tuple(operand.shape) != shapes[name]:
-            raise ValueError(
-                f"{name} must have shape {shapes[name]} to go with partial {tuple(partial.shape)}, "
-                f"got {tuple(operand.shape)}"
-            )
-        if operand.dtype != partial.dtype:
-            raise TypeError(f"{name} must have partial's dtype {partial.dtype}, got {operand.dtype}")
-        if operand.device != partial.device:
-            raise ValueError(f"{name} must be on partial's device {partial.device}, got {operand.device}")
-        if not operand.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {operand.stride()}; call .contiguous()")
 
 
 def _sum_in_place(x: Tensor, group: ReduceGroup) -> Tensor:

@@ -38,3 +38,26 @@ def fold_weight(weight: Tensor, weight_bias: float) -> Tensor:
     so in bfloat16 `1 + w` keeps 8 bits: close to the kernel's own sum in float32, not equal.
     """
     return (weight_bias + weight.float()).to(weight.dtype)
+
+
+def check_operands(partial: Tensor, weight: Tensor, **rows: Tensor | None) -> None:
+    """`partial [T, D]`, `weight [D]` and named `rows [T, D]`: one dtype, one device, contiguous.
+
+    Raises ValueError or TypeError with the operand's name, what was expected and what came.
+    """
+    if partial.dim() != 2:
+        raise ValueError(f"partial must be [num_tokens, hidden_size], got shape {tuple(partial.shape)}")
+    if not partial.dtype.is_floating_point:
+        raise TypeError(f"partial must be float16, bfloat16 or float32, got {partial.dtype}")
+    for name, operand in {"partial": partial, "weight": weight, **rows}.items():
+        if operand is None:
+            continue
+        shape = tuple(partial.shape[1:]) if name == "weight" else tuple(partial.shape)
+        if tuple(operand.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape} to go with partial, got {tuple(operand.shape)}")
+        if operand.dtype != partial.dtype:
+            raise TypeError(f"{name} must have partial's dtype {partial.dtype}, got {operand.dtype}")
+        if operand.device != partial.device:
+            raise ValueError(f"{name} must be on partial's device {partial.device}, got {operand.device}")
+        if not operand.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {operand.stride()}; call .contiguous()")

@@ -38,16 +38,21 @@ class FatalStepError(RuntimeError):
 
 
 def vote(comm: CommBackend, ok: bool, what: str, reason: str = "", fatal: bool = False) -> Vote:
-    """Collective: passes when every rank says ok. `what` names the step, alike on all ranks."""
+    """Collective: passes when every rank says ok. `what` names the step, alike on all ranks.
+
+    A rank may say no without a reason, because of another rank; then only the reasons that were given are
+    kept.
+    """
     ballots = comm.allgather((what, ok, reason, fatal))
     steps = {ballot[0] for ballot in ballots}
     if steps != {what}:
         raise CommError(f"the ranks are at different steps, and cannot vote: {sorted(map(str, steps))}")
-    against = [(rank, ballot) for rank, ballot in enumerate(ballots) if not ballot[1]]
+    against = [(rank, ballot[2]) for rank, ballot in enumerate(ballots) if not ballot[1]]
     if not against:
         return Vote(True)
-    reasons = "; ".join(f"rank {rank}: {ballot[2] or 'no reason given'}" for rank, ballot in against)
-    return Vote(False, f"{what} failed on {reasons}", any(ballot[3] for _, ballot in against))
+    reasons = [(rank, text) for rank, text in against if text] or against
+    named = "; ".join(f"rank {rank} ({text or 'no reason given'})" for rank, text in reasons)
+    return Vote(False, f"{what} failed on {named}", any(ballot[3] for ballot in ballots))
 
 
 def attempt(action: Callable[[], T]) -> Attempt[T]:
@@ -68,16 +73,16 @@ def attempt_together(comm: CommBackend, action: Callable[[CommBackend], T]) -> A
 
     A rank that raises in the middle would leave its peers in a collective, and its next vote would be taken
     for a handle. So `action` gets a communicator whose every call is one all-gather of (kind, data), and a
-    rank that fails says so in the all-gather that its peers are in. All ranks leave in the same round. `ok`
-    is the same on all of them.
+    rank that fails says so in the all-gather that its peers are in. All ranks leave in the same round with
+    the same `ok`; those that failed themselves have a reason.
     """
     section = _Section(comm)
     mine = attempt(lambda: action(section))
-    if section.failure is None:
+    if not section.over:
         section.leave(mine)
-    if section.failure is not None:
-        return Attempt(False, section.failure, fatal=mine.fatal)
-    return mine
+    if not section.over or (not mine.ok and not section.interrupted):
+        return mine
+    return Attempt(False, section.reason)
 
 
 class _SectionOverError(RuntimeError):
@@ -89,7 +94,9 @@ class _Section:
 
     def __init__(self, comm: CommBackend) -> None:
         self._comm = comm
-        self.failure: str | None = None
+        self.over = False  # some rank has failed
+        self.interrupted = False  # ... while this one was still at work
+        self.reason = ""
 
     def Get_rank(self) -> int:  # noqa: N802
         return self._comm.Get_rank()
@@ -98,34 +105,30 @@ class _Section:
         return self._comm.Get_size()
 
     def allgather(self, data: Any) -> tuple[Any, ...]:
-        return self._round("data", data)
+        messages = self._round("data", data)
+        if self.over:
+            self.interrupted = True
+            raise _SectionOverError(self.reason or "another rank failed")
+        return tuple(message[1] for message in messages)
 
     def bcast(self, data: Any, root: int) -> Any:
-        return self._round("data", data if self.Get_rank() == root else None)[root]
+        return self.allgather(data if self.Get_rank() == root else None)[root]
 
     def barrier(self) -> None:
-        self._round("data", None)
+        self.allgather(None)
 
     def Split(self, color: int, key: int) -> NoReturn:  # noqa: N802
-        raise NotImplementedError(
-            f"Split(color={color}, key={key}): a step voted on by one group cannot split it"
-        )
+        raise NotImplementedError(f"Split(color={color}, key={key}) inside a step that is voted on")
 
     def leave(self, mine: Attempt[Any]) -> None:
-        try:
-            self._round("done" if mine.ok else "failed", mine.reason)
-        except _SectionOverError:
-            return  # `failure` has the reasons
+        self._round("done" if mine.ok else "failed", None)
 
     def _round(self, kind: str, data: Any) -> tuple[Any, ...]:
-        if self.failure is not None:
-            raise _SectionOverError(self.failure)
+        if self.over:
+            raise _SectionOverError("another rank failed, and this step went on")
         messages = self._comm.allgather((kind, data))
-        kinds = [message[0] for message in messages]
-        if all(other == kind for other in kinds) and kind != "failed":
-            return tuple(message[1] for message in messages)
-        failed = [
-            f"rank {rank}: {message[1]}" for rank, message in enumerate(messages) if message[0] == "failed"
-        ]
-        self.failure = "; ".join(failed) or f"the ranks finished at different points: {kinds}"
-        raise _SectionOverError(self.failure)
+        kinds = {message[0] for message in messages}
+        self.over = kinds not in ({"data"}, {"done"})
+        if self.over and "failed" not in kinds:
+            self.reason = "the ranks came to the end of the step at different points"
+        return messages

@@ -1,0 +1,128 @@
+"""A known-answer test of the fused op on the real group, before anything depends on it.
+
+Memory handles have been known to point at the wrong data on some machines (SGLang 19884, 20039), and the
+only way to know is to reduce data whose sum is known. Every rank makes every other rank's data from seeds,
+so no collective but the op under test runs. Shapes: T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core_torch.kernels.norm import rms_norm_reference
+from core_torch.kernels.votes import FatalStepError
+
+EPS = 1e-6
+TIMEOUT_S = 60.0
+# Largest |error| / (1 + |expected|): some roundings of sums of size 1 to 4, far below what wrong data gives.
+TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 5e-3, torch.float32: 2e-5}
+
+Op = Callable[[Tensor, Tensor, Tensor, float, float, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the op: its operands on this rank, and outputs [T, D] filled with NaN."""
+
+    index: int
+    partial: Tensor
+    residual: Tensor
+    weight: Tensor
+    weight_bias: float
+    out_residual: Tensor
+    out_normed: Tensor
+
+
+def token_counts(max_tokens: int) -> list[int]:
+    """Odd, small and full batches; a single token again after the full one, when its data must be gone."""
+    return [tokens for tokens in (1, 3, 64, max_tokens, 1) if tokens <= max_tokens]
+
+
+def prepare(
+    *, world_size: int, rank: int, hidden_size: int, dtype: torch.dtype, device: torch.device, max_tokens: int
+) -> list[Case]:
+    """Everything that could fail on one rank alone, so that afterwards all ranks launch or none does."""
+    cases = []
+    for index, tokens in enumerate(token_counts(max_tokens)):
+        shape = (tokens, hidden_size)
+        poisoned = torch.full(shape, torch.nan, dtype=dtype, device=device)
+        cases.append(
+            Case(
+                index=index,
+                partial=_partial(index, rank, world_size, shape, dtype).to(device),
+                residual=_uniform(index, world_size, shape).to(dtype).to(device),
+                weight=(_uniform(index, world_size + 1, (hidden_size,)) / 2).to(dtype).to(device),
+                weight_bias=float(index % 2),
+                out_residual=poisoned,
+                out_normed=poisoned.clone(),
+            )
+        )
+    return cases
+
+
+def run(op: Op, cases: list[Case], world_size: int) -> None:
+    """Launches every case, then compares with float64. RuntimeError on a wrong value.
+
+    FatalStepError when the op gives no answer: then a kernel waits for a peer forever, and the GPU with it.
+    """
+    for case in cases:
+        op(
+            case.partial,
+            case.residual,
+            case.weight,
+            EPS,
+            case.weight_bias,
+            case.out_residual,
+            case.out_normed,
+        )
+    _wait(cases[0].partial.device)
+    for case in cases:
+        check(case, world_size)
+
+
+def check(case: Case, world_size: int) -> None:
+    """Raises RuntimeError unless both outputs are within TOLERANCE of the float64 answer."""
+    shape, dtype = tuple(case.partial.shape), case.partial.dtype
+    expected = case.residual.double()
+    for rank in range(world_size):
+        expected += _partial(case.index, rank, world_size, shape, dtype).to(expected.device)
+    normed = rms_norm_reference(expected, case.weight, eps=EPS, weight_bias=case.weight_bias)
+    for name, got, want in (("residual", case.out_residual, expected), ("norm", case.out_normed, normed)):
+        error = (got.double() - want).abs() / (1 + want.abs())
+        wrong = ~(error <= TOLERANCE[dtype])  # written so that NaN is wrong
+        if wrong.any():
+            raise RuntimeError(
+                f"self-test: {int(wrong.sum())} of {wrong.numel()} values of the {name} are wrong for "
+                f"{shape[0]} tokens (largest error {float(error.nan_to_num(torch.inf).max()):.2g}, "
+                f"allowed {TOLERANCE[dtype]:.2g})"
+            )
+
+
+def _partial(index: int, rank: int, world_size: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """One rank's part, on the CPU, scaled so that the sum stays of size 1 in any group."""
+    return (_uniform(index, rank, shape) / world_size**0.5).to(dtype)
+
+
+def _uniform(index: int, stream: int, shape: tuple[int, ...]) -> Tensor:
+    """Uniform in [-1, 1), float32, the same on every rank: the CPU's generator does not depend on the GPU."""
+    generator = torch.Generator().manual_seed(1_000_003 * index + stream)
+    return torch.rand(shape, generator=generator) * 2 - 1
+
+
+def _wait(device: torch.device) -> None:
+    """`torch.cuda.synchronize` with a deadline."""
+    if device.type != "cuda":
+        return
+    with torch.cuda.device(device):
+        done = torch.cuda.Event()
+        done.record()
+    deadline = time.monotonic() + TIMEOUT_S
+    while not done.query():
+        if time.monotonic() > deadline:
+            raise FatalStepError(f"the fused op gave no answer in {TIMEOUT_S:g} s, and its GPU waits in it")
+        time.sleep(0.001)
