@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
+from core_torch.kernels.buffers import Buffers
 from core_torch.kernels.comm import CommBackend
 from core_torch.kernels.votes import Vote, vote
 from core_torch.kernels.workspace import Workspace, WorkspaceError, open_workspace, refuse_capture
@@ -24,6 +26,7 @@ def start_fusion(
     device_group: dist.ProcessGroup | None = None,
     all_ranks: CommBackend | None = None,
     max_tokens: int | None = None,
+    make_buffers: Callable[[], Buffers] | None = None,
 ) -> tuple[FusionDecision, Workspace | None]:
     """Collective, before any CUDA graph is captured: -> (the decision in force, its workspace or None).
 
@@ -34,7 +37,8 @@ def start_fusion(
     tried again.
 
     The workspace is sized by the decision's limit, or by `max_tokens` where no larger batch can come.
-    `all_ranks` are those that must act alike when `comm` is one group of several.
+    `all_ranks` are those that must act alike when `comm` is one group of several. `make_buffers`: see
+    `open_workspace`.
 
     Raises on all ranks alike: FusionError where the decision's mode is "on" and a step fails, or where a
     GPU is stuck and nothing can go on; CommError when a rank ends; RuntimeError during capture.
@@ -66,6 +70,7 @@ def start_fusion(
             flashinfer=flashinfer,
             device_group=device_group,
             all_ranks=all_ranks,
+            make_buffers=make_buffers,
         )
     except WorkspaceError as error:
         if error.fatal:

@@ -220,13 +220,15 @@ def open_workspace(
     flashinfer: FlashInferInfo,
     device_group: dist.ProcessGroup | None = None,
     all_ranks: CommBackend | None = None,
+    make_buffers: Callable[[], Buffers] | None = None,
 ) -> Workspace:
     """Collective over `all_ranks` (default `comm`): the workspace of `comm`'s ranks for up to `max_tokens`.
 
     In this order, with a vote after each: try the real allocation, create, prepare and run a known-answer
     self-test. `decision.backend` names the backend; "mnnvl" is only ever there with the operator's consent to
     multicast. `device_group` is the torch group of the same ranks' devices; the reference backend needs it.
-    `all_ranks` is for a group that is one of several: a failure in any of them stops all.
+    `all_ranks` is for a group that is one of several: a failure in any of them stops all. `make_buffers` replaces
+    the backend's own buffers, for a backend that another framework brings.
 
     Raises WorkspaceError on all ranks alike, ValueError for what no vote is needed to see, RuntimeError
     during the capture of a CUDA graph, and CommError when a rank has ended.
@@ -243,7 +245,7 @@ def open_workspace(
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
 
-    def make_buffers() -> Buffers:
+    def backend_buffers() -> Buffers:
         if decision.backend != "reference":
             return FlashInferBuffers(
                 FlashInferApi(flashinfer),
@@ -260,7 +262,7 @@ def open_workspace(
         )
 
     workspace = Workspace(
-        make_buffers,
+        make_buffers or backend_buffers,
         comm,
         all_ranks or comm,
         backend=decision.backend,
