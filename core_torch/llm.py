@@ -124,16 +124,15 @@ class LLM:
     def _requests(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Request]:
-        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
+        batch = _as_batch(prompts)
         params = SamplingParams() if params is None else params
-        many = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(many) != len(prompts):
+        many = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
+        if len(many) != len(batch):
             raise ValueError(
-                f"params has {len(many)} entries for {len(prompts)} prompts; give one, or one for each"
+                f"params has {len(many)} entries for {len(batch)} prompts; give one, or one for each"
             )
         requests = []
-        for index, (prompt, one) in enumerate(zip(prompts, many, strict=True)):
+        for index, (prompt, one) in enumerate(zip(batch, many, strict=True)):
             text = prompt if isinstance(prompt, str) else None
             ids = self.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
             outside = [t for t in ids if not 0 <= t < self.config.vocab_size]
@@ -170,6 +169,19 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt (a text, or token ids) as a batch of one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    ids = [p for p in prompts if isinstance(p, int)]
+    if ids and len(ids) == len(prompts):
+        return [ids]
+    batch = [p for p in prompts if not isinstance(p, int)]
+    if len(batch) != len(prompts):
+        raise TypeError("prompts mixes token ids with prompts; give one list of ids, or a list of prompts")
+    return batch
 
 
 def _choose_device(device: str, ranks: int) -> str:

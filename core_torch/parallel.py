@@ -83,6 +83,7 @@ def open_parallel(
     try:
         ranks = tuple(range(world_size))
         cpu_group = dist.group.WORLD if device.type == "cpu" else dist.new_group(list(ranks), backend="gloo")
+        assert isinstance(cpu_group, dist.ProcessGroup)
         comm = GlooComm(cpu_group)
         decision, workspace = start_fusion(
             decision,

@@ -18,7 +18,7 @@ from tests.ranks import RankPool
 torch.set_num_threads(1)
 if not torch.cuda.is_available():  # torch.empty is NaN-filled, so that reading unwritten memory shows
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,7 @@ def fresh_ranks() -> Iterator[Callable[[int], RankPool]]:
         pool.close()
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without CUDA GPUs the `gpu` tests are skipped, each saying so."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count >= 1:

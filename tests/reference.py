@@ -1,4 +1,4 @@
-"""transformers' Qwen3-Next as the reference: tiny configurations, random but lively weights, checkpoints of both kinds."""
+"""transformers' Qwen3-Next as the reference: tiny configurations, random weights, checkpoints of both kinds."""
 
 from __future__ import annotations
 

@@ -65,9 +65,11 @@ class Qwen3Next(nn.Module):
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> torch.Tensor:
         """Logits [L, V] in float32 of `batch.logit_rows`; the caches are updated in place."""
-        owed, residual = None, self.embed_tokens(batch.token_ids)
+        owed: PartialSum | None = None
+        residual = self.embed_tokens(batch.token_ids)
         for layer, cache in zip(self.layers, caches, strict=True):
             owed, residual = layer(owed, residual, batch, cache)
+        assert owed is not None  # a config has at least one layer
         _, hidden = self.norm.pay(owed, residual)
         PartialSum.check_settled()
         return self.lm_head(hidden[batch.logit_rows]).float()
