@@ -238,7 +238,7 @@ def open_workspace(
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be one of {DTYPES}, got {dtype}")
-    if decision.backend == "reference" and device_group is None:
+    if decision.backend == "reference" and device_group is None and make_buffers is None:
         raise ValueError("the reference backend needs device_group, got None")
     world_size = comm.Get_size()
     device = torch.device(device)
