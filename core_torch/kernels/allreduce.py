@@ -55,9 +55,7 @@ class ReduceGroup:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
-            raise ValueError(
-                f"group {self.name}: rank {self.rank} is not one of {self.size} ranks {self.ranks}"
-            )
+            raise ValueError(f"group {self.name}: local rank {self.rank} is not one of ranks {self.ranks}")
         if self.size > 1 and self.device_group is None:
             raise ValueError(f"group {self.name}: ranks {self.ranks} need a torch process group, got None")
         with _groups_lock:

@@ -50,7 +50,11 @@ class GlooComm:
     does not come costs the group's timeout.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        """`group` is WORLD unless given. Raises ValueError where torch.distributed does not run."""
+        group = dist.group.WORLD if group is None else group
+        if group is None:
+            raise ValueError("torch.distributed does not run: call init_process_group first")
         self._group = group
 
     def Get_rank(self) -> int:  # noqa: N802
