@@ -143,6 +143,7 @@ class FakeWorkspace:
         self.workspace_tensor = torch.arange(3 * self.world_size + 1)
         self.ipc_handles = [[0]]
         self._internal_workspace: Any = (self.ipc_handles,)
+        self.metadata: dict[str, Any] = {}
         self.destroyed = False
 
     def is_buffer_size_sufficient(
