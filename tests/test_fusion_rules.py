@@ -227,14 +227,20 @@ def test_only_mnnvl_on_sm100_spans_nodes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("nnodes", "allow_multicast", "sm", "backend"),
-    [(1, True, 100, "trtllm"), (2, True, 100, "mnnvl"), (2, False, 100, "unfused"), (2, True, 90, "unfused")],
+    ("nnodes", "allow_multicast", "sm", "backend", "decided_by"),
+    [
+        (1, True, 100, "trtllm", "all rules"),
+        (2, True, 100, "mnnvl", "all rules"),
+        (2, False, 100, "unfused", "single node"),
+        (2, True, 90, "unfused", "single node"),
+    ],
 )
 def test_auto_backend_takes_multicast_only_by_consent(
-    nnodes: int, allow_multicast: bool, sm: int, backend: str
+    nnodes: int, allow_multicast: bool, sm: int, backend: str, decided_by: str
 ) -> None:
     case = mnnvl_case(backend="auto", allow_multicast=allow_multicast)
-    assert case.change(layout={"nnodes": nnodes}, hardware={"sm": sm}).decide().backend == backend
+    decision = case.change(layout={"nnodes": nnodes}, hardware={"sm": sm}).decide()
+    assert (decision.backend, decision.decided_by) == (backend, decided_by)
 
 
 LAPTOP = {"hardware": {"device": "cpu", "gpu_name": "", "sm": None, "num_gpus": 0, "p2p": None}}
