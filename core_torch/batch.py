@@ -11,16 +11,18 @@ from dataclasses import dataclass
 
 import torch
 
-from shared_config.scheduler import Step
+from shared_config.scheduler import Chunk, Step
 
 
 @dataclass(frozen=True)
 class Span:
-    """A prefill chunk: rows `first..first+num_tokens-1` of the pass are positions `start...` of a sequence."""
+    """A prefill chunk: rows `first..first+num_tokens-1` of the pass are positions `start...` of the sequence whose
+    state is in `slot`."""
 
     first: int
     num_tokens: int
     start: int
+    slot: int
 
 
 @dataclass
@@ -39,51 +41,25 @@ class Batch:
         return not self.spans
 
 
-def build_batch(
-    step: Step,
-    *,
-    page_size: int,
-    device: torch.device,
-    all_logits: bool = False,
-    rows: int = 0,
-    pages: int = 0,
-) -> Batch:
-    """Tensors for `step`, a decode pass padded to `rows` rows and page tables to `pages` columns."""
+def build_prefill(step: Step, *, page_size: int, device: torch.device, all_logits: bool = False) -> Batch:
+    """Tensors for a prefill step; logits of every row with `all_logits`, else of the rows that sample."""
     token_ids: list[int] = []
     positions: list[int] = []
     kv_slots: list[int] = []
-    tables: list[list[int]] = []
-    lengths: list[int] = []
-    slots: list[int] = []
     logit_rows: list[int] = []
     spans: list[Span] = []
     for chunk in step.chunks:
         sequence, end = chunk.sequence, chunk.start + chunk.num_tokens
-        first = len(token_ids)
-        token_ids += sequence.tokens[chunk.start : end]
+        spans.append(Span(len(token_ids), chunk.num_tokens, chunk.start, sequence.slot))
+        token_ids += sequence.prompt[chunk.start : end]
         positions += range(chunk.start, end)
-        kv_slots += [
-            sequence.pages[p // page_size] * page_size + p % page_size for p in range(chunk.start, end)
-        ]
-        tables.append(sequence.pages)
-        lengths.append(end)
-        slots.append(sequence.slot)
-        if step.prefill:
-            spans.append(Span(first, chunk.num_tokens, chunk.start))
+        kv_slots += [_kv_slot(chunk, p, page_size) for p in range(chunk.start, end)]
         if all_logits:
-            logit_rows += range(first, len(token_ids))
+            logit_rows += range(spans[-1].first, len(token_ids))
         elif chunk.samples:
             logit_rows.append(len(token_ids) - 1)
-    for row in range(len(token_ids), rows):
-        token_ids.append(0)
-        positions.append(0)
-        kv_slots.append(0)
-        tables.append([])
-        lengths.append(1)
-        slots.append(0)
-        logit_rows.append(row)
-    width = max(pages, *(len(table) for table in tables))
-    padded = [table + [0] * (width - len(table)) for table in tables]
+    width = max(len(chunk.sequence.pages) for chunk in step.chunks)
+    tables = [chunk.sequence.pages + [0] * (width - len(chunk.sequence.pages)) for chunk in step.chunks]
 
     def tensor(values: list[int] | list[list[int]]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
@@ -92,9 +68,43 @@ def build_batch(
         token_ids=tensor(token_ids),
         positions=tensor(positions),
         kv_slots=tensor(kv_slots),
-        page_tables=tensor(padded),
-        lengths=tensor(lengths),
-        state_slots=tensor(slots),
+        page_tables=tensor(tables),
+        lengths=tensor([chunk.start + chunk.num_tokens for chunk in step.chunks]),
+        state_slots=tensor([chunk.sequence.slot for chunk in step.chunks]),
         logit_rows=tensor(logit_rows),
         spans=tuple(spans),
     )
+
+
+def pack_decode(step: Step, *, page_size: int, rows: int, pages: int) -> torch.Tensor:
+    """A decode step padded to `rows` rows, as one [5 + pages, rows] int64 CPU tensor: a single copy to the device.
+
+    Padding rows are token 0 at position 0 of page 0 and slot 0.
+    """
+    columns = []
+    for chunk in step.chunks:
+        s, position = chunk.sequence, chunk.start
+        last = s.output[-1] if s.output else s.prompt[-1]
+        table = s.pages[:pages] + [0] * (pages - len(s.pages))
+        columns.append([last, position, _kv_slot(chunk, position, page_size), position + 1, s.slot, *table])
+    columns += [[0, 0, 0, 1, 0] + [0] * pages] * (rows - len(columns))
+    return torch.tensor(columns, dtype=torch.int64).T.contiguous()
+
+
+def unpack_decode(packed: torch.Tensor) -> Batch:
+    """The batch whose tensors are views of `pack_decode`'s tensor, wherever that lies now."""
+    token_ids, positions, kv_slots, lengths, state_slots = packed[:5]
+    return Batch(
+        token_ids=token_ids,
+        positions=positions,
+        kv_slots=kv_slots,
+        page_tables=packed[5:].T,
+        lengths=lengths,
+        state_slots=state_slots,
+        logit_rows=torch.arange(packed.shape[1], device=packed.device),
+        spans=(),
+    )
+
+
+def _kv_slot(chunk: Chunk, position: int, page_size: int) -> int:
+    return chunk.sequence.pages[position // page_size] * page_size + position % page_size

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from core_torch.batch import Batch, build_batch
+from core_torch.batch import Batch, build_prefill, pack_decode, unpack_decode
 from core_torch.cache import cache_bytes, make_cache
+from core_torch.graphs import DecodeGraphs
 from core_torch.models.qwen3_next import Qwen3Next
 from core_torch.parallel import Parallel
 from core_torch.sampler import sample_sequences
@@ -43,6 +44,10 @@ class ModelRunner:
             dtype=dtype,
             device=parallel.device,
         )
+        self.max_pages = -(-settings.max_model_len // settings.page_size)
+        self.graphs: DecodeGraphs | None = None
+        if settings.cuda_graphs and parallel.device.type == "cuda":
+            self.graphs = DecodeGraphs(self.model, self.cache, parallel, settings, self.max_pages)
 
     def _affordable_pages(self, dtype: torch.dtype) -> int:
         """Enough pages for every slot at max_model_len, or what fits into the memory that is left."""
@@ -66,24 +71,14 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
         """Run the model over `step`'s tokens and sample where a chunk ends its prompt or decodes."""
-        all_logits = step.prefill and any(chunk.sequence.params.prompt_logprobs for chunk in step.chunks)
         before = self._reductions()
-        batch = build_batch(
-            step, page_size=self.settings.page_size, device=self.parallel.device, all_logits=all_logits
-        )
-        logits = self.model(batch, self.cache)
+        prompt_logprobs: list[list[float]] = []
+        if step.prefill:
+            logits, prompt_logprobs = self._prefill(step)
+        else:
+            logits = self._decode(step)
         after = self._reductions()
         sampling = [chunk for chunk in step.chunks if chunk.samples]
-        prompt_logprobs: list[list[float]] = []
-        if all_logits:
-            prompt_logprobs = self._prompt_logprobs(step, batch, logits)
-            logits = logits[
-                [
-                    s.first + s.num_tokens - 1
-                    for s, c in zip(batch.spans, step.chunks, strict=True)
-                    if c.samples
-                ]
-            ]
         tokens: list[int] = []
         if sampling:
             chosen = sample_sequences(logits, [chunk.sequence for chunk in sampling])
@@ -95,6 +90,31 @@ class ModelRunner:
             logits=list(logits.cpu().numpy()) if wants_logits else None,
             prompt_logprobs=prompt_logprobs,
         )
+
+    def _prefill(self, step: Step) -> tuple[torch.Tensor, list[list[float]]]:
+        """(logits of the rows that sample, prompt log-probabilities where asked for)."""
+        s = self.settings
+        all_logits = any(chunk.sequence.params.prompt_logprobs for chunk in step.chunks)
+        batch = build_prefill(step, page_size=s.page_size, device=self.parallel.device, all_logits=all_logits)
+        logits = self.model(batch, self.cache)
+        if not all_logits:
+            return logits, []
+        last = [
+            span.first + span.num_tokens - 1
+            for span, chunk in zip(batch.spans, step.chunks, strict=True)
+            if chunk.samples
+        ]
+        return logits[last], self._prompt_logprobs(step, batch, logits)
+
+    def _decode(self, step: Step) -> torch.Tensor:
+        """Logits, one row for each sequence. `deterministic` pins every shape: always all rows, all pages."""
+        s, count = self.settings, len(step.chunks)
+        if self.graphs is not None:
+            return self.graphs.run(step)[:count]
+        rows = s.max_num_seqs if s.deterministic else count
+        pages = self.max_pages if s.deterministic else max(len(chunk.sequence.pages) for chunk in step.chunks)
+        packed = pack_decode(step, page_size=s.page_size, rows=rows, pages=pages)
+        return self.model(unpack_decode(packed.to(self.parallel.device)), self.cache)[:count]
 
     @staticmethod
     def _prompt_logprobs(step: Step, batch: Batch, logits: torch.Tensor) -> list[list[float]]:

@@ -65,7 +65,15 @@ def test_causal_conv(T: int, taps: int) -> None:
     assert torch.equal(stepped[0].double(), want_state)
 
 
-def delta_inputs(T: int, H: int, HV: int, dk: int, dv: int) -> tuple[torch.Tensor, ...]:
+Five = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def each(inputs: Five, rows: slice) -> Five:
+    q, k, v, g, beta = (x[rows] for x in inputs)
+    return q, k, v, g, beta
+
+
+def delta_inputs(T: int, H: int, HV: int, dk: int, dv: int) -> Five:
     a, b = randn(T, HV, seed=3) * 2, randn(T, HV, seed=4)
     g, beta = gated_delta_rule.gated_delta_gates(a, b, randn(HV, seed=5), randn(HV, seed=6))
     return randn(T, H, dk), randn(T, H, dk, seed=1), randn(T, HV, dv, seed=2), g, beta
@@ -81,7 +89,7 @@ def test_gated_delta_rule(T: int, H: int, HV: int, dk: int, dv: int) -> None:
     assert_close(new, want_state, torch.float32)
     stepped, rows = state[None], []
     for t in range(T):
-        row, stepped = gated_delta_rule.gated_delta_rule_step(*(x[t : t + 1] for x in inputs), stepped)
+        row, stepped = gated_delta_rule.gated_delta_rule_step(*each(inputs, slice(t, t + 1)), stepped)
         rows.append(row)
     assert_close(torch.cat(rows), want, torch.float32)
     assert_close(stepped[0], want_state, torch.float32)
@@ -90,8 +98,8 @@ def test_gated_delta_rule(T: int, H: int, HV: int, dk: int, dv: int) -> None:
 def test_gated_delta_rule_in_two_pieces() -> None:
     inputs, state = delta_inputs(150, 2, 4, 8, 8), randn(4, 8, 8)
     whole, final = gated_delta_rule.chunk_gated_delta_rule(*inputs, state)
-    first, middle = gated_delta_rule.chunk_gated_delta_rule(*(x[:67] for x in inputs), state)
-    second, end = gated_delta_rule.chunk_gated_delta_rule(*(x[67:] for x in inputs), middle)
+    first, middle = gated_delta_rule.chunk_gated_delta_rule(*each(inputs, slice(67)), state)
+    second, end = gated_delta_rule.chunk_gated_delta_rule(*each(inputs, slice(67, None)), middle)
     assert_close(torch.cat((first, second)), whole.double(), torch.float32)
     assert_close(end, final.double(), torch.float32)
 

@@ -83,8 +83,8 @@ class GatedDeltaNet(nn.Module):
         self, qkv: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, batch: Batch, cache: StateCache
     ) -> torch.Tensor:
         outs = []
-        for i, span in enumerate(batch.spans):
-            rows, slot = slice(span.first, span.first + span.num_tokens), batch.state_slots[i]
+        for span in batch.spans:
+            rows, slot = slice(span.first, span.first + span.num_tokens), span.slot
             conv, state = cache.conv[slot], cache.recurrent[slot]
             if span.start == 0:  # the slot holds its previous owner's state
                 conv, state = torch.zeros_like(conv), torch.zeros_like(state)
