@@ -1,4 +1,7 @@
-"""`python -m core_torch generate`: text from a checkpoint, with the fusion decision and the counts."""
+"""`python -m core_torch generate`: text from a checkpoint, with the fusion decision and the counts.
+
+`python -m core_torch doctor`: GPUs, links, versions, and a self-test of the fused op.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import sys
 import time
 
+from core_torch.doctor import add_doctor
 from core_torch.llm import LLM
 from core_torch.worker import RankFailure
 from shared_config.sampling import SamplingParams
@@ -71,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m core_torch", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands)
+    add_doctor(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args)

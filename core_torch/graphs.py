@@ -46,9 +46,9 @@ class DecodeGraphs:
         self._logits: dict[int, torch.Tensor] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._captured: dict[int, list[ReductionCounts]] = {}
-        pool = torch.cuda.graph_pool_handle()
+        self._pool = torch.cuda.graph_pool_handle()
         for rows in reversed(self.buckets):  # the largest first: the others fit into its memory
-            self._capture(rows, model, cache, parallel.device, pool)
+            self._capture(rows, model, cache, parallel.device)
         for counts in self._counts:
             counts.reset()  # warm-up and capture are nobody's results
 
@@ -59,7 +59,6 @@ class DecodeGraphs:
         model: Qwen3Next,
         cache: list[LayerCache],
         device: torch.device,
-        pool: tuple[int, int],
     ) -> None:
         idle = pack_decode(Step(False, ()), page_size=self.page_size, rows=rows, pages=self.max_pages)
         self._inputs[rows] = idle.to(device)
@@ -73,7 +72,7 @@ class DecodeGraphs:
         torch.cuda.synchronize()
         before = [counts.snapshot() for counts in self._counts]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=self._pool):
             self._logits[rows] = model(batch, cache)
         self._graphs[rows] = graph
         self._captured[rows] = [c.difference(b) for c, b in zip(self._counts, before, strict=True)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -12,7 +14,7 @@ import torch
 
 from core_torch.session import Session, SessionSpec, load_tokenizer, open_session
 from core_torch.worker import WorkerGroup
-from shared_config import FusionDecision, FusionRequest, ParallelLayout, Qwen3NextConfig
+from shared_config import FusionDecision, FusionRequest, FusionWarning, ParallelLayout, Qwen3NextConfig
 from shared_config.generation import Request
 from shared_config.results import RequestOutput
 from shared_config.sampling import SamplingParams
@@ -75,9 +77,13 @@ class LLM:
         elif "TORCHELASTIC_RUN_ID" in os.environ:
             self._session = self._stack.enter_context(open_session(self._spec, int(os.environ["LOCAL_RANK"])))
         else:
-            self._workers = WorkerGroup(self._spec, tensor_parallel_size)
+            self._workers = WorkerGroup(partial(open_session, self._spec), tensor_parallel_size)
             self._stack.callback(self._workers.close)
-        self.fusion: FusionDecision = (self._workers or self._session).decision  # type: ignore[union-attr]
+        started = self._workers or self._session
+        assert started is not None
+        self.fusion: FusionDecision = started.decision
+        for warning in self.fusion.warnings:
+            warnings.warn(warning, FusionWarning, stacklevel=2)
 
     @overload
     def generate(

@@ -37,9 +37,11 @@ class Parallel:
         return tokens
 
 
-def rank_device(local_rank: int, device: str) -> torch.device:
-    """This rank's device; on CUDA it becomes the process's current one."""
+def rank_device(local_rank: int, device: str, ranks: int) -> torch.device:
+    """This rank's device. On CUDA it becomes the process's current one; on CPU the ranks share the cores."""
     if device == "cpu":
+        if ranks > 1:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

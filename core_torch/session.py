@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -62,13 +62,15 @@ class Session:
 @contextmanager
 def open_session(spec: SessionSpec, local_rank: int) -> Iterator[Session]:
     """Probe this machine, resolve fusion (the ranks then compare their answers), load, and clean up at the end."""
-    device = rank_device(local_rank, spec.device)
+    device = rank_device(local_rank, spec.device, spec.layout.tp_size)
     flashinfer = probe_flashinfer()
-    decision = resolve_fusion(spec.config, spec.layout, probe_hardware(), flashinfer, spec.request)
-    name = spec.config.dtype if spec.settings.dtype == "auto" else spec.settings.dtype
-    dtype: torch.dtype = getattr(torch, name)
+    config = spec.config
+    if spec.settings.dtype != "auto":
+        config = replace(config, dtype=spec.settings.dtype)
+    decision = resolve_fusion(config, spec.layout, probe_hardware(), flashinfer, spec.request)
+    dtype: torch.dtype = getattr(torch, config.dtype)
     with open_parallel(decision, spec.layout, flashinfer, device=device, dtype=dtype) as parallel:
-        runner = ModelRunner(spec.config, parallel, spec.settings, dtype)
+        runner = ModelRunner(config, parallel, spec.settings, dtype)
         yield Session(spec, runner, load_tokenizer(spec.tokenizer_file))
 
 

@@ -1,4 +1,4 @@
-"""Worker ranks: processes that each run a `Session`, and the parent's end of them.
+"""Worker ranks: processes that each hold an open session, and the parent's end of them.
 
 The parent waits on every worker's pipe and on its process at once. A rank that raises sends its error, a rank that
 dies closes its pipe; either way the parent ends the others and raises `RankFailure`, so nothing waits for a peer
@@ -14,10 +14,11 @@ import pickle
 import socket
 import time
 import traceback
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
-from core_torch.session import SessionSpec, open_session
+from shared_config import FusionDecision
 from shared_config.generation import Request
 from shared_config.results import RequestOutput
 
@@ -28,7 +29,19 @@ class RankFailure(RuntimeError):  # noqa: N818 (it names what happened)
     """A rank raised or died. The message has the rank and its reason; the run is over."""
 
 
-def _serve(rank: int, world_size: int, port: int, spec: SessionSpec, pipe: Any) -> None:
+class RankSession(Protocol):
+    """What a worker holds: `core_torch.session.Session`, or less for a worker that generates nothing."""
+
+    @property
+    def decision(self) -> FusionDecision: ...
+
+    def generate(self, requests: list[Request]) -> Iterator[list[RequestOutput]]: ...
+
+
+Opener = Callable[[int], AbstractContextManager[RankSession]]  # from the local rank; picklable
+
+
+def _serve(rank: int, world_size: int, port: int, opener: Opener, pipe: Any) -> None:
     """A worker's life: start, then one list of requests after another until the parent says None or goes away."""
     os.environ.update(
         RANK=str(rank),
@@ -37,12 +50,8 @@ def _serve(rank: int, world_size: int, port: int, spec: SessionSpec, pipe: Any) 
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    if spec.device == "cpu":
-        import torch
-
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     try:
-        with open_session(spec, local_rank=rank) as session:
+        with opener(rank) as session:
             pipe.send(("ready", session.decision))
             while (requests := pipe.recv()) is not None:
                 for outputs in session.generate(requests):
@@ -72,7 +81,7 @@ def free_port() -> int:
 class WorkerGroup:
     """`world_size` worker processes on this machine."""
 
-    def __init__(self, spec: SessionSpec, world_size: int) -> None:
+    def __init__(self, opener: Opener, world_size: int, start_timeout_s: float = START_TIMEOUT_S) -> None:
         context = multiprocessing.get_context("spawn")
         port = free_port()
         self._pipes: list[Any] = []
@@ -80,14 +89,14 @@ class WorkerGroup:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, world_size, port, spec, theirs), name=f"rank {rank}", daemon=True
+                target=_serve, args=(rank, world_size, port, opener, theirs), name=f"rank {rank}", daemon=True
             )
             process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
-        ready = self._collect("ready", START_TIMEOUT_S)
-        self.decision = ready[0]
+        ready = self._collect("ready", start_timeout_s)
+        self.decision: FusionDecision = ready[0]
 
     @property
     def pids(self) -> list[int]:

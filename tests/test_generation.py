@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -17,11 +15,14 @@ from shared_config.sampling import SamplingParams, uniform
 from shared_config.scheduler import Scheduler, Sequence, Step
 
 
-def scheduler(**changes: int) -> Scheduler:
-    options: dict[str, Any] = {
-        "num_pages": 12, "page_size": 4, "num_slots": 3, "max_step_tokens": 8, "max_model_len": 40,
-    }  # fmt: skip
-    return Scheduler(**(options | changes))
+def scheduler(num_pages: int = 12, max_step_tokens: int = 8, max_model_len: int = 40) -> Scheduler:
+    return Scheduler(
+        num_pages=num_pages,
+        page_size=4,
+        num_slots=3,
+        max_step_tokens=max_step_tokens,
+        max_model_len=max_model_len,
+    )
 
 
 class CountingRunner:
