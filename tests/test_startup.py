@@ -215,6 +215,7 @@ def test_fusion_on_makes_the_same_failure_an_error_on_all_ranks(
 def test_a_stuck_gpu_is_an_error_even_when_fusion_is_only_automatic(
     fake: FakeFlashInfer, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(selftest, "token_counts", lambda max_tokens: [max_tokens])
     monkeypatch.setattr(selftest, "_wait", fail_on(1, lambda _device: None, FatalStepError("no answer")))
     for outcome in start_on_threads(fake):
         assert isinstance(outcome, FusionError)
