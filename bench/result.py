@@ -1,0 +1,101 @@
+"""What a run writes: `result.json` is a `Result`, and its dataclasses are the schema."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.codec import from_plain, to_plain
+from bench.machine import Machine
+from bench.stats import Timing
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class OpRow:
+    """One way to run the reduction at one size.
+
+    `method`: see METHODS. `wire_bytes` is what each rank has to send at least, 2 (N - 1) / N of the message;
+    `floor_us` that over the measured link rate (None without links). `max_error` is the largest
+    |got - float64| / (1 + |float64|) over both outputs. `fused` and `unfused` count the reductions that ran.
+    """
+
+    framework: str
+    method: str
+    num_tokens: int
+    timing: Timing
+    wire_bytes: int
+    floor_us: float | None
+    max_error: float
+    fused: int
+    unfused: int
+
+    @property
+    def key(self) -> str:
+        return f"op {self.framework} {self.method}, {self.num_tokens} tokens"
+
+
+# In the order of columns: what each is called in tables, and what it is.
+METHODS = {
+    "fused": ("fused", "the engine's op, one kernel; which one FlashInfer prefers at this size"),
+    "fused_oneshot": ("one-shot", "the same kernel, one-shot forced"),
+    "fused_twoshot": ("two-shot", "the same kernel, two-shot forced"),
+    "allreduce_norm": ("all-reduce + norm", "all-reduce, then one kernel for residual add and norm"),
+    "unfused": ("engine unfused", "the engine's own path without the fused op"),
+    "allreduce": ("all-reduce alone", "the sum alone, without add and norm"),
+    "fused_ffi": ("fused, C++", "the fused op through the C++ custom call"),
+    "fused_cupy": ("fused, CuPy", "the fused op through CuPy and buffer_callback"),
+    "psum_norm": ("psum + norm", "psum, add and norm as XLA compiles them"),
+}
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """What `op` measures. `calls` are timed as one sample (one CUDA graph on GPUs), `repeats` samples are taken."""
+
+    frameworks: tuple[str, ...]
+    tp: int
+    tokens: tuple[int, ...]
+    hidden_size: int
+    dtype: str
+    device: str
+    calls: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class OpPart:
+    """What one framework's part of `op` returns."""
+
+    rows: tuple[OpRow, ...]
+    decision: str  # FusionDecision.to_json()
+
+
+@dataclass(frozen=True)
+class Result:
+    """`decisions` by framework, as `FusionDecision.to_json`; `created` is UTC."""
+
+    schema_version: int
+    created: str
+    revision: str
+    machine: Machine
+    decisions: dict[str, str]
+    op_spec: OpSpec | None
+    op: tuple[OpRow, ...]
+
+    def save(self, file: Path) -> None:
+        file.write_text(json.dumps(to_plain(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, file: Path) -> Result:
+        """Raises ValueError naming the file and the place where it is not a result of this version."""
+        try:
+            plain = json.loads(file.read_text())
+            version = plain.get("schema_version") if isinstance(plain, dict) else None
+            if version != SCHEMA_VERSION:
+                raise ValueError(f"schema_version must be {SCHEMA_VERSION}, got {version!r}")
+            return from_plain(cls, plain)
+        except ValueError as error:
+            raise ValueError(f"{file} is not a result of this benchmark: {error}") from error
