@@ -86,3 +86,10 @@ class DecodeGraphs:
         for counts, captured in zip(self._counts, self._captured[rows], strict=True):
             counts += captured
         return self._logits[rows]
+
+    def close(self) -> None:
+        torch.cuda.synchronize()
+        for graph in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+        self._logits.clear()

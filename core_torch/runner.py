@@ -127,6 +127,12 @@ class ModelRunner:
             found.append(rows.gather(-1, targets[:, None])[:, 0].tolist())
         return found
 
+    def close(self) -> None:
+        """Drop the graphs, before the process group goes: NCCL waits for the graphs that hold its kernels."""
+        if self.graphs is not None:
+            self.graphs.close()
+            self.graphs = None
+
     def _reductions(self) -> Reductions:
         counts = {
             id(group.counts): group.counts for group in (self.parallel.attention, self.parallel.mlp)

@@ -71,7 +71,10 @@ def open_session(spec: SessionSpec, local_rank: int) -> Iterator[Session]:
     dtype: torch.dtype = getattr(torch, config.dtype)
     with open_parallel(decision, spec.layout, flashinfer, device=device, dtype=dtype) as parallel:
         runner = ModelRunner(config, parallel, spec.settings, dtype)
-        yield Session(spec, runner, load_tokenizer(spec.tokenizer_file))
+        try:
+            yield Session(spec, runner, load_tokenizer(spec.tokenizer_file))
+        finally:
+            runner.close()
 
 
 def load_tokenizer(file: str | None) -> Tokenizer | None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from core_torch import LLM, SamplingParams
+from core_torch.cache import KVCache
 from core_torch.session import SessionSpec, open_session
 from shared_config import FusionRequest, ParallelLayout, Qwen3NextConfig
 from shared_config.generation import Request
@@ -79,6 +80,20 @@ def test_mixed_batch_agrees_with_one_at_a_time(reference: Any) -> None:
     assert [o.prompt_token_ids for o in outputs] == prompts
     for output in outputs:
         check(output, ref.model)
+
+
+def test_padding_rows_touch_no_real_state(reference: Any) -> None:
+    """Deterministic runs pad every decode step to all rows and pages: the results and the free pages stay the same."""
+    ref = reference("base")
+    with LLM(ref.folder, max_num_seqs=8, max_model_len=160, num_pages=30, deterministic=True) as llm:
+        for output in llm.generate([ref.prompt(9), ref.prompt(40, seed=2)], GREEDY):
+            check(output, ref.model)
+        assert llm._session is not None
+        runner = llm._session.runner
+        for cache in runner.cache:
+            if isinstance(cache, KVCache):  # page 0 and the pages of 9 + 32 and 40 + 32 tokens were written
+                written = cache.k.flatten(1).any(1).nonzero().flatten().tolist()
+                assert written == list(range(1 + 3 + 5))
 
 
 def generate_on_rank(
