@@ -1,7 +1,7 @@
 """Trains `tests/data/tiny-qwen3-next`: a Qwen3-Next of 6.8 million parameters that writes Python.
 
-    python tests/train_tiny_checkpoint.py --out build/tiny                       # one GPU, five minutes
-    python tests/train_tiny_checkpoint.py --out build/smoke --steps 5 --batch 2  # CPU, to try the script
+    python tests/train_tiny_checkpoint.py --out build/tiny  # one GPU, five minutes
+    python tests/train_tiny_checkpoint.py --out build/smoke --steps 5 --batch 2 --held-out-windows 8  # CPU
 
 The text is the Python standard library of the interpreter that runs this. A file is held out when the hash of
 its path says so: the same files on every machine and in every version. Tokenizer and model see the others.
@@ -224,12 +224,12 @@ class HeldOut(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(model: PreTrainedModel, corpus: Corpus, length: int, num_windows: int) -> HeldOut:
-    """The whole held-out text, `num_windows` windows at a time; each starts without any context."""
+def evaluate(model: PreTrainedModel, held_out_windows: torch.Tensor, batch: int) -> HeldOut:
+    """Over all windows [num_windows, T + 1], `batch` at a time; each starts without any context."""
     config = model.config
     loss, hits, num_tokens = 0.0, 0, 0
     counts = torch.zeros(config.num_hidden_layers, config.num_experts)
-    for windows in corpus.windows(length).split(num_windows):
+    for windows in held_out_windows.split(batch):
         output = model(windows[:, :-1], use_cache=False, output_router_logits=True)
         logits, targets = output.logits.float().flatten(0, 1), windows[:, 1:].flatten()
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
@@ -287,7 +287,7 @@ def train(
         progress = min(1.0, max(step / args.steps, (time.monotonic() - started) / (60 * args.minutes)))
         if progress * args.evaluations >= len(history) + 1:
             model.eval()
-            now = evaluate(model, held_out, args.length, args.batch)
+            now = evaluate(model, held_out.windows(args.length)[: args.held_out_windows], args.batch)
             model.train()
             print(f"step {step}: held-out loss {now.loss:.4f}, accuracy {now.accuracy:.2%}", flush=True)
             if all(now.loss < earlier["loss"] for earlier in history):
@@ -308,8 +308,8 @@ def train(
 def measure(model: PreTrainedModel, held_out: Corpus, args: argparse.Namespace) -> dict[str, Any]:
     """How good a checkpoint is on the held-out text, and how evenly its routers use the experts there."""
     num_experts, longest = model.config.num_experts, model.config.max_position_embeddings
-    result = evaluate(model, held_out, args.length, args.batch)
-    at_longest = evaluate(model, held_out, longest, max(1, args.batch * args.length // longest))
+    result = evaluate(model, held_out.windows(args.length)[: args.held_out_windows], args.batch)
+    at_longest = evaluate(model, held_out.windows(longest)[: args.held_out_windows], max(1, args.batch // 2))
     nats_per_byte = result.loss * held_out.tokens.numel() / held_out.num_bytes
     entropy = torch.special.entr(result.expert_share).sum(dim=1) / math.log(num_experts)
     return {
@@ -343,6 +343,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--weight-decay", type=float, default=0.1)
     option("--balance", type=float, default=0.05, help="weight of the routers' imbalance in the loss")
     option("--evaluations", type=int, default=10, help="looks at the held-out text, spread over the training")
+    option("--held-out-windows", type=int, default=1_000_000, help="evaluate on this many at most")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     option("--seed", type=int, default=0)
     return parser.parse_args()
