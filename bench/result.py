@@ -9,6 +9,8 @@ from pathlib import Path
 from bench.codec import from_plain, to_plain
 from bench.machine import Machine
 from bench.stats import Timing
+from shared_config import FusionRequest, ModelFacts
+from shared_config.model import DTYPE_BYTES
 
 SCHEMA_VERSION = 1
 
@@ -63,6 +65,30 @@ class OpSpec:
     device: str
     calls: int
     repeats: int
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    def wire_bytes(self, num_tokens: int) -> int:
+        """What each rank must send for one all-reduce, and receive: 2 (N - 1) / N of the message."""
+        return 2 * (self.tp - 1) * num_tokens * self.hidden_size * self.itemsize // self.tp
+
+    def residual_sets(self, num_tokens: int, *, cache_bytes: int) -> int:
+        """Residuals that rotate: together twice the cache, but one for each call at most, and two at least."""
+        return max(2, min(self.calls, -(-2 * cache_bytes // (num_tokens * self.hidden_size * self.itemsize))))
+
+    def model_facts(self) -> ModelFacts:
+        return ModelFacts("Qwen3NextForCausalLM", self.hidden_size, self.itemsize)
+
+    def fusion_request(self) -> FusionRequest:
+        """Fusion demanded, so that a column that cannot fuse is an error with the rule that says no; and for every
+        size, because the limit is what is measured."""
+        return FusionRequest(
+            mode="on",
+            backend="trtllm" if self.device == "cuda" else "reference",
+            max_bytes=max(self.tokens) * self.hidden_size * self.itemsize,
+        )
 
 
 @dataclass(frozen=True)
