@@ -16,7 +16,7 @@ This runs as it is on one device, on virtual CPU devices, and fused on GPUs:
 op.py           the two reductions                      order.py    one order for independent calls
 reduction.py    their transformations, fused or not     report.py   explain: what is fused, and why not
 opening.py      workspaces and votes for a mesh axis    transports/ the ways into the kernel
-cupy_kernel.py  your own kernel in JAX                  dlpack.py   tensors from and to PyTorch and CuPy
+user_kernel.py  your own kernel in JAX                  dlpack.py   tensors from and to PyTorch and CuPy
 
 Importing this imports neither jax nor torch; a name is imported when it is first used.
 """
@@ -29,10 +29,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jax_bridge import dlpack as dlpack
     from jax_bridge.communicator import Communicator as Communicator
-    from jax_bridge.cupy_kernel import cupy_kernel as cupy_kernel
     from jax_bridge.dispatch import dispatch_lock as dispatch_lock
     from jax_bridge.dispatch import one_at_a_time as one_at_a_time
     from jax_bridge.exporting import export_checks as export_checks
+    from jax_bridge.llm import LLM as LLM
+    from jax_bridge.llm import SamplingParams as SamplingParams
     from jax_bridge.op import allreduce as allreduce
     from jax_bridge.op import allreduce_residual_rmsnorm as allreduce_residual_rmsnorm
     from jax_bridge.opening import fused_communicator as fused_communicator
@@ -40,15 +41,18 @@ if TYPE_CHECKING:
     from jax_bridge.report import CallRecord as CallRecord
     from jax_bridge.report import TraceReport as TraceReport
     from jax_bridge.report import explain as explain
+    from jax_bridge.user_kernel import cupy_kernel as cupy_kernel
 
 _HOME = {
+    "LLM": "llm",
+    "SamplingParams": "llm",
     "CallOrder": "order",
     "CallRecord": "report",
     "Communicator": "communicator",
     "TraceReport": "report",
     "allreduce": "op",
     "allreduce_residual_rmsnorm": "op",
-    "cupy_kernel": "cupy_kernel",
+    "cupy_kernel": "user_kernel",
     "dispatch_lock": "dispatch",
     "explain": "report",
     "export_checks": "exporting",

@@ -38,8 +38,12 @@ class ThreadHub:
         self._meeting = _Meeting()
         self._broken = ""
 
-    def exchange(self, seat: int, data: Any) -> tuple[Any, ...]:
-        """Every thread's `data`, by seat (0 to size - 1). Raises CommError."""
+    def exchange(self, seat: int, data: Any, extra_s: float = 0.0) -> tuple[Any, ...]:
+        """Every thread's `data`, by seat (0 to size - 1). Raises CommError.
+
+        `extra_s` is how much longer than usual another thread may take.
+        """
+        timeout_s = self.timeout_s + extra_s
         with self._changed:
             if self._broken:
                 raise CommError(self._broken)
@@ -49,11 +53,9 @@ class ThreadHub:
                 meeting.result = tuple(meeting.slots[other] for other in range(self.size))
                 self._meeting = _Meeting()
                 self._changed.notify_all()
-            elif not self._changed.wait_for(
-                lambda: meeting.result is not None or self._broken, self.timeout_s
-            ):
+            elif not self._changed.wait_for(lambda: meeting.result is not None or self._broken, timeout_s):
                 missing = sorted(set(range(self.size)) - set(meeting.slots))
-                self._abort(f"threads {missing} of {self.size} did not come within {self.timeout_s:g} s")
+                self._abort(f"threads {missing} of {self.size} did not come within {timeout_s:g} s")
             if meeting.result is None:
                 raise CommError(self._broken)
             return meeting.result
@@ -146,7 +148,8 @@ class MeshComm:
                 except CommError as error:
                     self._hub.abort(str(error))
                     raise
-            everyone = self._hub.exchange(self._seat, everyone)[0]
+            # Seat 0 waits for other processes first.
+            everyone = self._hub.exchange(self._seat, everyone, extra_s=self._exchange.timeout_s)[0]
             by_rank = {rank: value for part in everyone.values() for rank, value in part.items()}
         return tuple(by_rank[rank] for rank in range(self._size))
 

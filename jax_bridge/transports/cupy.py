@@ -12,9 +12,9 @@ import jax
 import tvm_ffi
 
 from core_torch.kernels.flashinfer_api import RawKernel, use_oneshot
-from jax_bridge.cupy_kernel import cupy_kernel
 from jax_bridge.packages import require_cupy
 from jax_bridge.transports.base import like
+from jax_bridge.user_kernel import cupy_kernel
 
 # FlashInfer's AllReduceFusionPattern.
 ALL_REDUCE = 0
