@@ -51,6 +51,11 @@ def link_bytes_per_s() -> float | None:
     return LINK_BYTES / seconds
 
 
+def cache_bytes(device: str) -> int:
+    """The GPU's L2; 0 on CPU, where nothing here is fast enough for a cache to matter."""
+    return torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
+
+
 def _median_s(action: Callable[[], object]) -> float:
     samples = []
     for repeat in range(REPEATS + 2):

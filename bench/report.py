@@ -11,6 +11,7 @@ from bench.result import METHODS, OpRow, Result
 from bench.stats import Timing
 
 Cells = list[list[str]]
+LOG_WIDTH = 200
 
 
 def op_table(rows: Sequence[OpRow]) -> tuple[list[str], Cells]:
@@ -34,7 +35,7 @@ def op_table(rows: Sequence[OpRow]) -> tuple[list[str], Cells]:
                 _gain(rows, num_tokens),
             ]
         )
-    return ["tokens", *(f"{f}: {METHODS[m][0]}" for f, m in columns), "link floor", "gain"], cells
+    return ["tokens", *(f"{f}\n{METHODS[m][0]}" for f, m in columns), "link\nfloor", "gain"], cells
 
 
 def op_gain(rows: Sequence[OpRow], num_tokens: int) -> float | None:
@@ -72,10 +73,12 @@ def _us(timing: Timing) -> str:
 def print_table(title: str, headings: Sequence[str], cells: Cells) -> None:
     table = Table(title=title, title_justify="left", show_edge=False)
     for heading in headings:
-        table.add_column(heading, justify="right", overflow="fold")
+        table.add_column(heading, justify="right", no_wrap=True)
     for line in cells:
         table.add_row(*line)
-    Console().print(table)
+    console = Console()
+    # A log is as wide as it has to be; only a terminal has an end.
+    Console(width=None if console.is_terminal else LOG_WIDTH).print(table)
 
 
 def print_result(result: Result) -> None:

@@ -75,8 +75,9 @@ class OpSpec:
         return 2 * (self.tp - 1) * num_tokens * self.hidden_size * self.itemsize // self.tp
 
     def residual_sets(self, num_tokens: int, *, cache_bytes: int) -> int:
-        """Residuals that rotate: together twice the cache, but one for each call at most, and two at least."""
-        return max(2, min(self.calls, -(-2 * cache_bytes // (num_tokens * self.hidden_size * self.itemsize))))
+        """How many residuals rotate: together twice the cache, or two where the calls are too few to leave it."""
+        sets = -(-2 * cache_bytes // (num_tokens * self.hidden_size * self.itemsize))
+        return max(2, sets) if sets <= self.calls else 2
 
     def model_facts(self) -> ModelFacts:
         return ModelFacts("Qwen3NextForCausalLM", self.hidden_size, self.itemsize)

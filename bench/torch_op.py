@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from bench.clock import make_clock
 from bench.codec import from_plain, to_plain
+from bench.rates import cache_bytes
 from bench.result import OpPart, OpRow, OpSpec
 from bench.stats import slowest, summarize
 from core_torch.kernels.allreduce import ReduceGroup, allreduce_residual_rmsnorm, unfused
@@ -61,8 +62,7 @@ class Inputs:
         def random(generator: torch.Generator, *shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-        cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-        sets = spec.residual_sets(num_tokens, cache_bytes=cache)
+        sets = spec.residual_sets(num_tokens, cache_bytes=cache_bytes(spec.device))
         self._original = random(own, num_tokens, spec.hidden_size)
         self.start = self._original.clone()
         self._residuals = random(common, sets, num_tokens, spec.hidden_size)

@@ -1,0 +1,196 @@
+"""The reduction in JAX, every way to run it: one process, one device for each rank, a chain of calls in one program.
+
+As in `torch_op.py` each call reduces what the call before it returned, and the residuals rotate. A sample runs the
+compiled chain several times, each on the result of the one before: while the devices work on one, Python has queued
+the next, so dispatch is not what is timed. Shapes: T tokens, D hidden, R ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+import jax_bridge
+from bench.codec import from_plain, to_plain
+from bench.rates import cache_bytes
+from bench.result import OpPart, OpRow, OpSpec
+from bench.stats import summarize
+from core_torch.kernels.counts import ReductionCounts
+from shared_config import ParallelLayout, probe_flashinfer, probe_hardware, resolve_fusion
+
+EPS = 1e-6
+WEIGHT_BIAS = 1.0
+TRANSPORTS = {"cuda": ("ffi", "cupy"), "cpu": ("ffi",)}
+EXECUTIONS = {"cuda": 8, "cpu": 1}  # on CPU only one program may run at a time
+TOLERANCE = {"bfloat16": 4e-2, "float16": 5e-3, "float32": 2e-5}
+
+# op(partial [T, D], residual [T, D], weight [D]) -> (residual, normed), inside shard_map
+Op = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def run(plain: dict[str, Any]) -> dict[str, Any]:
+    """The part of `launch.run_part`."""
+    spec = from_plain(OpSpec, plain)
+    if len(jax.devices()) < spec.tp:
+        raise ValueError(f"tp={spec.tp} needs as many JAX devices, there are {jax.devices()}")
+    mesh = Mesh(np.array(jax.devices()[: spec.tp]), ("tp",))
+    decision = resolve_fusion(
+        spec.model_facts(),
+        ParallelLayout(tp_size=spec.tp),
+        probe_hardware(),
+        probe_flashinfer(),
+        spec.fusion_request(),
+    )
+    with ExitStack() as opened:
+        ops: dict[str, Op] = {}
+        for transport in TRANSPORTS[spec.device]:
+            communicator = opened.enter_context(
+                jax_bridge.fused_communicator(
+                    mesh, "tp", spec.hidden_size, spec.dtype, decision, transport=transport
+                )
+            )
+            decision = communicator.decision
+            ops[f"fused_{transport}"] = _fused(communicator)
+        ops["psum_norm"] = psum_norm
+        rows = []
+        for num_tokens in tqdm(spec.tokens, desc="op, jax", unit="size", leave=False):
+            rows += measure_size(spec, num_tokens, mesh, ops)
+        return to_plain(OpPart(tuple(rows), decision.to_json()))
+
+
+def _fused(communicator: jax_bridge.Communicator) -> Op:
+    return lambda partial, residual, weight: jax_bridge.allreduce_residual_rmsnorm(
+        partial, residual, weight, axis_name="tp", eps=EPS, weight_bias=WEIGHT_BIAS, comm=communicator
+    )
+
+
+def psum_norm(partial: jax.Array, residual: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What one writes without a fused op."""
+    residual = residual + jax.lax.psum(partial, "tp")
+    wide = residual.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + EPS)
+    return residual, (wide * scale * (WEIGHT_BIAS + weight.astype(jnp.float32))).astype(partial.dtype)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """partial [R * T, D] over the ranks; residuals [T, D] and weight [D] on all of them; float64 of call 0."""
+
+    partial: jax.Array
+    residuals: tuple[jax.Array, ...]
+    weight: jax.Array
+    expected: tuple[np.ndarray, np.ndarray]
+
+
+def make_inputs(spec: OpSpec, num_tokens: int, mesh: Mesh) -> Inputs:
+    random = np.random.default_rng(0)
+
+    def put(shape: tuple[int, ...], where: P, scale: float = 1.0) -> jax.Array:
+        values = random.standard_normal(shape, np.float32) * np.float32(scale)
+        return jax.device_put(jnp.asarray(values, spec.dtype), NamedSharding(mesh, where))
+
+    shape = (num_tokens, spec.hidden_size)
+    partial = put((spec.tp * num_tokens, spec.hidden_size), P("tp"))
+    sets = spec.residual_sets(num_tokens, cache_bytes=cache_bytes(spec.device))
+    residuals = tuple(put(shape, P()) for _ in range(sets))
+    weight = put((spec.hidden_size,), P(), 0.1)
+    parts = np.asarray(partial).astype(np.float64).reshape(spec.tp, *shape)
+    added = np.asarray(residuals[0]).astype(np.float64) + parts.sum(0)
+    scale = 1 / np.sqrt((added * added).mean(-1, keepdims=True) + EPS)
+    normed = added * scale * (WEIGHT_BIAS + np.asarray(weight).astype(np.float64))
+    return Inputs(partial, residuals, weight, (added, normed))
+
+
+class Chain:
+    """`calls` calls of one op as one compiled program, checked before it is timed."""
+
+    def __init__(self, name: str, op: Op, spec: OpSpec, inputs: Inputs, mesh: Mesh) -> None:
+        self._inputs, self._spec = inputs, spec
+        spread = P("tp")
+
+        def chain(partial: jax.Array, residuals: tuple[jax.Array, ...], weight: jax.Array) -> Any:
+            first = residual, normed = op(partial, residuals[0], weight)
+            for number in range(1, spec.calls):
+                residual, normed = op(normed, residuals[number % len(residuals)], weight)
+            return normed, residual, first
+
+        traced = jax.shard_map(
+            chain,
+            mesh=mesh,
+            in_specs=(spread, P(), P()),
+            out_specs=(spread, spread, (spread, spread)),
+            check_vma=False,
+        )
+        self.counts = self._count(name, traced)
+        self._step = jax.jit(traced)
+        first = self._step(inputs.partial, inputs.residuals, inputs.weight)[2]
+        self.max_error = _check(name, first, inputs.expected, spec)
+        self.sample_us()  # the first runs in a row settle buffers and graphs
+
+    def _count(self, name: str, traced: Callable[..., Any]) -> ReductionCounts:
+        if name == "psum_norm":
+            return ReductionCounts(unfused=self._spec.calls)
+        inputs = self._inputs
+        report = jax_bridge.explain(traced, inputs.partial, inputs.residuals, inputs.weight)
+        if report.counts.fused != self._spec.calls:
+            raise RuntimeError(f"the column {name} is not fused:\n{report}")
+        return report.counts
+
+    def sample_us(self) -> float:
+        """Microseconds a call, over `EXECUTIONS` runs of the program in a row."""
+        executions = EXECUTIONS[self._spec.device]
+        partial = self._inputs.partial
+        start = time.perf_counter()
+        for _ in range(executions):
+            partial = self._step(partial, self._inputs.residuals, self._inputs.weight)[0]
+        partial.block_until_ready()
+        return (time.perf_counter() - start) * 1e6 / (executions * self._spec.calls)
+
+
+def measure_size(spec: OpSpec, num_tokens: int, mesh: Mesh, ops: dict[str, Op]) -> list[OpRow]:
+    """All ops at one size, in turn, so that a drift of the clock meets all of them alike."""
+    inputs = make_inputs(spec, num_tokens, mesh)
+    chains = {name: Chain(name, op, spec, inputs, mesh) for name, op in ops.items()}
+    samples: dict[str, list[float]] = {name: [] for name in chains}
+    for _ in range(spec.repeats):
+        for name, chain in chains.items():
+            samples[name].append(chain.sample_us())
+    runs = spec.repeats * EXECUTIONS[spec.device]
+    return [
+        OpRow(
+            framework="jax",
+            method=name,
+            num_tokens=num_tokens,
+            timing=summarize(samples[name]),
+            wire_bytes=spec.wire_bytes(num_tokens),
+            floor_us=None,
+            max_error=chain.max_error,
+            fused=chain.counts.fused * runs,
+            unfused=chain.counts.unfused * runs,
+        )
+        for name, chain in chains.items()
+    ]
+
+
+def _check(
+    name: str, got: tuple[jax.Array, jax.Array], expected: tuple[np.ndarray, np.ndarray], spec: OpSpec
+) -> float:
+    """The largest |got - float64| / (1 + |float64|) on any rank. RuntimeError above what roundings explain."""
+    worst = 0.0
+    for value, want in zip(got, expected, strict=True):
+        by_rank = np.asarray(value).astype(np.float64).reshape(spec.tp, *want.shape)
+        error = np.abs(by_rank - want) / (1 + np.abs(want))
+        worst = max(worst, float(np.nan_to_num(error, nan=np.inf).max()))
+    if worst > TOLERANCE[spec.dtype]:
+        raise RuntimeError(f"{name} is wrong by {worst:.2g} (allowed {TOLERANCE[spec.dtype]:.2g}): not timed")
+    return worst
