@@ -55,9 +55,11 @@ def open_parallel(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    max_tokens: int | None = None,
 ) -> Iterator[Parallel]:
     """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, start fusion, and leave at the end.
 
+    `max_tokens` is the largest batch that can come, where that is below the decision's limit (smaller workspaces).
     Every group of the layout is made on every rank in the same order (torch.distributed requires it). All
     workspaces exist when this yields, so before any CUDA graph is captured.
     """
@@ -95,6 +97,7 @@ def open_parallel(
             device=device,
             flashinfer=flashinfer,
             device_group=dist.group.WORLD,
+            max_tokens=max_tokens,
         )
         groups = [
             ReduceGroup(

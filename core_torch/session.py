@@ -69,7 +69,10 @@ def open_session(spec: SessionSpec, local_rank: int) -> Iterator[Session]:
         config = replace(config, dtype=spec.settings.dtype)
     decision = resolve_fusion(config, spec.layout, probe_hardware(), flashinfer, spec.request)
     dtype: torch.dtype = getattr(torch, config.dtype)
-    with open_parallel(decision, spec.layout, flashinfer, device=device, dtype=dtype) as parallel:
+    largest = max(spec.settings.max_step_tokens, spec.settings.max_num_seqs)
+    with open_parallel(
+        decision, spec.layout, flashinfer, device=device, dtype=dtype, max_tokens=largest
+    ) as parallel:
         runner = ModelRunner(config, parallel, spec.settings, dtype)
         try:
             yield Session(spec, runner, load_tokenizer(spec.tokenizer_file))
