@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 MODEL  := tests/data/tiny-qwen3-next
-PROMPT := def read_lines(path):
+PROMPT := def __enter__(self):
 
 ifdef CUDA
 VENV   := .venv-cuda

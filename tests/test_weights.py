@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core_torch import LLM, SamplingParams
+from core_torch.models.qwen3_next import Qwen3Next
 from core_torch.weights import CheckpointFiles
 from shared_config import Qwen3NextConfig
 from shared_config.checkpoint import CheckpointPlan, check_names, plan_checkpoint, vocab_share
@@ -116,6 +118,18 @@ def test_real_model_is_claimed_exactly_once(
         times = repeats.pop()  # replicated tensors and KV heads: by several ranks, each of them whole
         assert sum(math.prod(b - a for a, b in box) for box in boxes) == math.prod(stored[name]), name
         assert times in {1, tp, max(1, tp // config.num_key_value_heads)}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_the_model_at_the_real_size_has_the_planned_parameters(tp: int) -> None:
+    """On the meta device: what the layers hold is what the plan fills, on the first and the last rank."""
+    config = Qwen3NextConfig.from_hf(REAL)
+    for rank in {0, tp - 1}:
+        group: Any = SimpleNamespace(rank=rank, size=tp)
+        with torch.device("meta"):
+            model = Qwen3Next(config, group, group)
+        plan = plan_checkpoint(config, attn_rank=rank, attn_size=tp)
+        assert {name: tuple(p.shape) for name, p in model.named_parameters()} == plan.parameters
 
 
 def test_vocabulary_shares_cover_odd_sizes() -> None:
