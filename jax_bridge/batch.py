@@ -1,0 +1,138 @@
+"""The arrays that describe one forward pass.
+
+Shapes: T rows of all sequences one after another, S sequences, C rows of the longest chunk, P pages of the longest
+table, L rows whose logits are wanted. A decode pass has one token a sequence (T = S). Every size is padded to a power
+of two, so that few programs serve all batches; padding rows belong to page 0 and slot 0, which no sequence owns.
+"""
+# jaxtyping's shape strings are not Python.
+# ruff: noqa: F722
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32, Shaped
+
+from shared_config.scheduler import Step
+
+MIN_PREFILL_ROWS = 16
+MIN_PAGES = 4
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Spans:
+    """Where the chunks of a prefill pass lie: chunk s has `counts[s]` tokens, from position `starts[s]` on.
+
+    `rows` are the flat rows of each chunk's tokens (padding points at row 0), `places` the way back: row t is
+    element `places[t]` of the chunks laid out as [S * C].
+    """
+
+    starts: Int32[Array, " S"]
+    counts: Int32[Array, " S"]
+    rows: Int32[Array, "S C"]
+    places: Int32[Array, " T"]
+
+    def split(self, x: Shaped[Array, "T ..."]) -> Shaped[Array, "S C ..."]:
+        """Rows as chunks."""
+        return x[self.rows]
+
+    def join(self, x: Shaped[Array, "S C ..."]) -> Shaped[Array, "T ..."]:
+        """Chunks as rows."""
+        return x.reshape(-1, *x.shape[2:])[self.places]
+
+    @property
+    def real(self) -> Shaped[Array, "S C"]:
+        """Which elements of the chunks are tokens."""
+        return jnp.arange(self.rows.shape[1], dtype=jnp.int32) < self.counts[:, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    token_ids: Int32[Array, " T"]
+    positions: Int32[Array, " T"]  # within each sequence
+    kv_slots: Int32[Array, " T"]  # page * page_size + offset
+    page_tables: Int32[Array, "S P"]
+    lengths: Int32[Array, " S"]  # this pass's tokens counted
+    state_slots: Int32[Array, " S"]
+    logit_rows: Int32[Array, " L"]  # the rows whose logits are wanted
+    sample_rows: Int32[Array, " S"]  # of those, each sequence's last
+    spans: Spans | None  # prefill chunks; None for decode
+
+    @property
+    def is_decode(self) -> bool:
+        return self.spans is None
+
+    def next_token(self, token_ids: Int32[Array, " S"], page_size: int) -> Batch:
+        """The decode pass after this one, of the tokens that this one chose."""
+        positions = self.positions + 1
+        pages = jnp.take_along_axis(self.page_tables, positions[:, None] // page_size, axis=1)[:, 0]
+        return Batch(
+            token_ids=token_ids,
+            positions=positions,
+            kv_slots=pages * page_size + positions % page_size,
+            page_tables=self.page_tables,
+            lengths=self.lengths + 1,
+            state_slots=self.state_slots,
+            logit_rows=self.logit_rows,
+            sample_rows=self.sample_rows,
+            spans=None,
+        )
+
+
+def bucket(count: int, least: int = 1) -> int:
+    """The power of two that holds `count` and `least`."""
+    return 1 << (max(count, least) - 1).bit_length()
+
+
+def build_batch(
+    step: Step, *, page_size: int, all_logits: bool = False, rows: int = 1, pages: int = MIN_PAGES
+) -> Batch:
+    """Host arrays for `step`, padded, to at least `rows` sequences and `pages` columns.
+
+    Logits are wanted of every row (`all_logits`) or of each chunk's last.
+    """
+    chunks = step.chunks
+    S = bucket(len(chunks), rows)
+    T = bucket(step.num_tokens, MIN_PREFILL_ROWS) if step.prefill else S
+    C = bucket(max(chunk.num_tokens for chunk in chunks), MIN_PREFILL_ROWS)
+    P = bucket(max(len(chunk.sequence.pages) for chunk in chunks), pages)
+
+    def zeros(*shape: int) -> Any:  # numpy's, which jit takes as they are
+        return np.zeros(shape, np.int32)
+
+    def numbered(count: int) -> Any:
+        return np.arange(count, dtype=np.int32)
+
+    token_ids, positions, kv_slots = zeros(T), zeros(T), zeros(T)
+    tables, lengths, slots, starts, counts = zeros(S, P), zeros(S) + 1, zeros(S), zeros(S), zeros(S)
+    last_rows, chunk_rows, places = zeros(S), zeros(S, C), zeros(T)
+    first = 0
+    for i, chunk in enumerate(chunks):
+        sequence, end = chunk.sequence, chunk.start + chunk.num_tokens
+        mine = slice(first, first + chunk.num_tokens)
+        token_ids[mine] = sequence.tokens[chunk.start : end]
+        positions[mine] = at = np.arange(chunk.start, end)
+        kv_slots[mine] = np.asarray(sequence.pages)[at // page_size] * page_size + at % page_size
+        tables[i, : len(sequence.pages)] = sequence.pages
+        lengths[i], slots[i], starts[i], counts[i] = end, sequence.slot, chunk.start, chunk.num_tokens
+        chunk_rows[i, : chunk.num_tokens] = np.arange(mine.start, mine.stop)
+        places[mine] = i * C + np.arange(chunk.num_tokens)
+        last_rows[i] = mine.stop - 1
+        first = mine.stop
+    return Batch(
+        token_ids=token_ids,
+        positions=positions,
+        kv_slots=kv_slots,
+        page_tables=tables,
+        lengths=lengths,
+        state_slots=slots,
+        logit_rows=numbered(T) if all_logits else last_rows,
+        sample_rows=last_rows if all_logits else numbered(S),
+        spans=Spans(starts, counts, chunk_rows, places) if step.prefill else None,
+    )

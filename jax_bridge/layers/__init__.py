@@ -1,0 +1,1 @@
+"""Flax layers of one rank: `core_torch.layers`, file by file."""

@@ -1,0 +1,113 @@
+"""Gated DeltaNet: short causal convolution, gated delta rule, gated norm; the state of a sequence has fixed size.
+
+Shapes: T rows, D hidden, H local key heads, HV local value heads, dk, dv head dims, X = 2 H dk + HV dv channels.
+"""
+# jaxtyping's shape strings are not Python.
+# ruff: noqa: F722
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jax_bridge.batch import Batch, Spans
+from jax_bridge.cache import StateCache
+from jax_bridge.kernels.causal_conv import causal_conv, causal_conv_step
+from jax_bridge.kernels.gated_delta_rule import (
+    chunk_gated_delta_rule,
+    gated_delta_gates,
+    gated_delta_rule_step,
+)
+from jax_bridge.layers.attention import split_sizes
+from jax_bridge.layers.linear import Linear, RowParallelLinear
+from jax_bridge.layers.norm import GatedRMSNorm
+from jax_bridge.layers.parameter import parameter
+from jax_bridge.partial_sum import PartialSum, ReduceAxis
+from shared_config.checkpoint import div_even
+from shared_config.model import Qwen3NextConfig
+
+MAX_CHUNK = 64  # tokens that the gated delta rule solves at once
+
+
+class CausalConv(nnx.Module):
+    """The taps [X, K] of the depthwise convolution."""
+
+    def __init__(self, channels: int, taps: int, axis: ReduceAxis) -> None:
+        self.weight = parameter(channels, taps, split=0, axis=axis)
+
+
+class GatedDeltaNet(nnx.Module):
+    """x [T, D] -> this rank's part of the mixer's output [T, D], and the cache with the new states."""
+
+    def __init__(self, config: Qwen3NextConfig, axis: ReduceAxis) -> None:
+        self.num_k_heads = div_even(config.linear_num_key_heads, axis.size, "linear_num_key_heads")
+        self.num_v_heads = div_even(config.linear_num_value_heads, axis.size, "linear_num_value_heads")
+        self.k_dim, self.v_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        key, value = self.num_k_heads * self.k_dim, self.num_v_heads * self.v_dim
+        self.sizes = (2 * key + value, value, self.num_v_heads, self.num_v_heads)
+        self.in_proj = Linear(config.hidden_size, sum(self.sizes), axis)
+        self.conv = CausalConv(self.sizes[0], config.linear_conv_kernel_dim, axis)
+        self.A_log = parameter(self.num_v_heads, split=0, axis=axis)
+        self.dt_bias = parameter(self.num_v_heads, split=0, axis=axis)
+        self.norm = GatedRMSNorm(self.v_dim, config.rms_norm_eps)
+        self.out_proj = RowParallelLinear(value, config.hidden_size, axis)
+
+    def __call__(
+        self, x: Float[Array, "T D"], batch: Batch, cache: StateCache
+    ) -> tuple[PartialSum, StateCache]:
+        qkv, z, b, a = split_sizes(self.in_proj(x), self.sizes)
+        g, beta = gated_delta_gates(a, b, self.A_log[...], self.dt_bias[...])
+        if batch.spans is None:
+            out, cache = self._decode(qkv, g, beta, batch, cache)
+        else:
+            out, cache = self._prefill(qkv, g, beta, batch, batch.spans, cache)
+        normed = self.norm(out, z.reshape(out.shape))
+        return self.out_proj(normed.reshape(x.shape[0], -1)), cache
+
+    def _heads(self, qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        key, lead = self.num_k_heads * self.k_dim, qkv.shape[:-1]
+        q, k, v = split_sizes(qkv, (key, key, self.num_v_heads * self.v_dim))
+        return (
+            q.reshape(*lead, self.num_k_heads, self.k_dim),
+            k.reshape(*lead, self.num_k_heads, self.k_dim),
+            v.reshape(*lead, self.num_v_heads, self.v_dim),
+        )
+
+    def _decode(
+        self, qkv: jax.Array, g: jax.Array, beta: jax.Array, batch: Batch, cache: StateCache
+    ) -> tuple[jax.Array, StateCache]:
+        slots = batch.state_slots
+        qkv, conv = causal_conv_step(qkv, cache.conv[slots], self.conv.weight[...])
+        out, state = gated_delta_rule_step(*self._heads(qkv), g, beta, cache.recurrent[slots])
+        return out, _store(cache, slots, conv, state)
+
+    def _prefill(
+        self,
+        qkv: jax.Array,
+        g: jax.Array,
+        beta: jax.Array,
+        batch: Batch,
+        spans: Spans,
+        cache: StateCache,
+    ) -> tuple[jax.Array, StateCache]:
+        slots = batch.state_slots
+        fresh = spans.starts == 0  # the slot holds its previous owner's state
+        conv, state = cache.conv[slots], cache.recurrent[slots]
+        conv = jnp.where(fresh[:, None, None], jnp.zeros_like(conv), conv)
+        state = jnp.where(fresh[:, None, None, None], jnp.zeros_like(state), state)
+        mixed, conv = causal_conv(spans.split(qkv), conv, self.conv.weight[...], spans.counts)
+        # With g = beta = 0 padding leaves the state alone.
+        g, beta = (jnp.where(spans.real[..., None], spans.split(x), jnp.float32(0)) for x in (g, beta))
+        rule = functools.partial(chunk_gated_delta_rule, chunk=min(MAX_CHUNK, spans.rows.shape[1]))
+        out, state = jax.vmap(rule)(*self._heads(mixed), g, beta, state)
+        return spans.join(out), _store(cache, slots, conv, state)
+
+
+def _store(cache: StateCache, slots: jax.Array, conv: jax.Array, state: jax.Array) -> StateCache:
+    return StateCache(
+        cache.conv.at[slots].set(conv.astype(cache.conv.dtype)), cache.recurrent.at[slots].set(state)
+    )

@@ -1,0 +1,70 @@
+"""The feed-forward half of a layer: a dense SwiGLU MLP, or a mixture of experts with a gated shared expert.
+
+Shapes: T tokens, D hidden, I local intermediate, N experts, K experts per token.
+"""
+# jaxtyping's shape strings are not Python.
+# ruff: noqa: F722
+
+from __future__ import annotations
+
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from jax_bridge.kernels.activation import sigmoid
+from jax_bridge.kernels.moe import route, routed_experts, swiglu
+from jax_bridge.layers.linear import Linear, RowParallelLinear
+from jax_bridge.layers.parameter import parameter
+from jax_bridge.partial_sum import PartialSum, ReduceAxis
+from shared_config.checkpoint import div_even
+from shared_config.model import Qwen3NextConfig
+
+
+class MLP(nnx.Module):
+    """x [T, D] -> this rank's part of down(silu(gate(x)) * up(x)), [T, D].
+
+    `scale` [T, 1] multiplies the part: a gate on the result may come before the sum.
+    """
+
+    def __init__(self, config: Qwen3NextConfig, intermediate: int, axis: ReduceAxis, what: str) -> None:
+        local = div_even(intermediate, axis.size, what)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * local, axis)
+        self.down_proj = RowParallelLinear(local, config.hidden_size, axis)
+
+    def __call__(self, x: Float[Array, "T D"], scale: Float[Array, "T 1"] | None = None) -> PartialSum:
+        part = self.down_proj(swiglu(self.gate_up_proj(x)))
+        return part if scale is None else PartialSum(part.take() * scale, part.axis)
+
+
+class Experts(nnx.Module):
+    """The routed experts' weights: gate_up_proj [N, 2I, D], down_proj [N, D, I]."""
+
+    def __init__(self, config: Qwen3NextConfig, axis: ReduceAxis) -> None:
+        N, D = config.num_experts, config.hidden_size
+        local = div_even(config.moe_intermediate_size, axis.size, "moe_intermediate_size")
+        self.gate_up_proj = parameter(N, 2 * local, D, split=1, axis=axis)
+        self.down_proj = parameter(N, D, local, split=2, axis=axis)
+        self.axis = axis
+
+    def __call__(
+        self, x: Float[Array, "T D"], weights: Float[Array, "T K"], experts: Int32[Array, "T K"]
+    ) -> PartialSum:
+        part = routed_experts(x, weights, experts, self.gate_up_proj[...], self.down_proj[...])
+        return PartialSum(part, self.axis)
+
+
+class SparseMoE(nnx.Module):
+    """x [T, D] -> routed experts + sigmoid(gate) * shared expert, as one partial sum."""
+
+    def __init__(self, config: Qwen3NextConfig, axis: ReduceAxis) -> None:
+        self.top_k, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = Linear(config.hidden_size, config.num_experts)
+        self.experts = Experts(config, axis)
+        self.shared_expert = MLP(
+            config, config.shared_expert_intermediate_size, axis, "shared_expert_intermediate_size"
+        )
+        self.shared_expert_gate = Linear(config.hidden_size, 1)
+
+    def __call__(self, x: Float[Array, "T D"]) -> PartialSum:
+        weights, experts = route(self.gate(x), top_k=self.top_k, normalize=self.normalize)
+        routed = self.experts(x, weights, experts)
+        return routed + self.shared_expert(x, scale=sigmoid(self.shared_expert_gate(x)))

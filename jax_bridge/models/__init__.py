@@ -1,0 +1,1 @@
+"""Models: wiring of layers."""

@@ -1,0 +1,80 @@
+"""Qwen3-Next: which layer follows which, and where each owed sum is paid.
+
+The residual stream and the debt travel together: a layer returns the residual and the sum that its MLP still owes;
+the next layer's input norm, or the final norm, pays it. Two reductions a layer, none outside a norm.
+
+Shapes: T rows, D hidden, V vocabulary, L rows whose logits are wanted.
+"""
+# jaxtyping's shape strings are not Python.
+# ruff: noqa: F722
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jax_bridge.batch import Batch
+from jax_bridge.cache import LayerCache
+from jax_bridge.layers.attention import GatedAttention
+from jax_bridge.layers.embedding import ParallelHead, VocabParallelEmbedding
+from jax_bridge.layers.gated_delta_net import GatedDeltaNet
+from jax_bridge.layers.mlp import MLP, SparseMoE
+from jax_bridge.layers.norm import RMSNorm
+from jax_bridge.partial_sum import PartialSum, ReduceAxis
+from shared_config.model import Qwen3NextConfig
+
+
+class DecoderLayer(nnx.Module):
+    """One mixer and one MLP, each after a norm that pays what came before."""
+
+    def __init__(self, config: Qwen3NextConfig, index: int, attention: ReduceAxis, mlp: ReduceAxis) -> None:
+        mixer = GatedAttention if config.layer_types[index] == "full_attention" else GatedDeltaNet
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer = mixer(config, attention)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = (
+            SparseMoE(config, mlp)
+            if config.is_moe_layer(index)
+            else MLP(config, config.intermediate_size, mlp, "intermediate_size")
+        )
+
+    def __call__(
+        self, owed: PartialSum | None, residual: jax.Array, batch: Batch, cache: LayerCache
+    ) -> tuple[PartialSum, jax.Array, LayerCache]:
+        if owed is None:  # the first layer: the embedding owes nothing
+            normed = self.input_layernorm(residual)
+        else:
+            residual, normed = self.input_layernorm.pay(owed, residual)
+        mixed, cache = self.mixer(normed, batch, cache)  # type: ignore[arg-type]  (the config pairs them)
+        residual, normed = self.post_attention_layernorm.pay(mixed, residual)
+        return self.mlp(normed), residual, cache
+
+
+class Qwen3Next(nnx.Module):
+    """token ids -> logits, for one rank; `attention` and `mlp` are the axes that owe the layers' sums."""
+
+    def __init__(self, config: Qwen3NextConfig, attention: ReduceAxis, mlp: ReduceAxis) -> None:
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, attention)
+        self.layers = nnx.List(
+            [DecoderLayer(config, i, attention, mlp) for i in range(config.num_hidden_layers)]
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        tied = self.embed_tokens if config.tie_word_embeddings else None
+        self.lm_head = ParallelHead(config.vocab_size, config.hidden_size, attention, tied)
+
+    def __call__(
+        self, batch: Batch, caches: list[LayerCache]
+    ) -> tuple[Float[Array, "L V"], list[LayerCache]]:
+        """Logits [L, V] in float32 of `batch.logit_rows`, and the new caches."""
+        owed: PartialSum | None = None
+        residual = self.embed_tokens(batch.token_ids)
+        updated: list[LayerCache] = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            owed, residual, cache = layer(owed, residual, batch, cache)
+            updated.append(cache)
+        assert owed is not None  # a config has at least one layer
+        _, hidden = self.norm.pay(owed, residual)
+        PartialSum.check_settled()
+        return self.lm_head(hidden[batch.logit_rows]).astype(jnp.float32), updated

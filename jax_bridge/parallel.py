@@ -1,0 +1,93 @@
+"""The ranks of one run: the devices, their mesh, and the fusion that they agreed on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jax_bridge.devices import Device
+from jax_bridge.opening import fused_communicator
+from jax_bridge.partial_sum import ReduceAxis
+from shared_config import FusionDecision, ParallelLayout
+
+AXIS = "tp"  # the mesh axis that attention and the MLPs are split over
+HOST_DEVICES_FLAG = "xla_force_host_platform_device_count"
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """`attention` and `mlp` owe the layers' sums. `decision` is the one in force after start-up."""
+
+    mesh: jax.sharding.Mesh
+    decision: FusionDecision
+    attention: ReduceAxis
+    mlp: ReduceAxis
+
+    @property
+    def platform(self) -> str:
+        """ "cpu" or "gpu"."""
+        return self.mesh.devices.flat[0].platform
+
+
+def choose_devices(device: str, count: int) -> list[Device]:
+    """`count` devices: GPUs for "cuda", virtual CPU devices for "cpu", for "auto" GPUs where there are any.
+
+    Raises ValueError when there are too few.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f'device must be "auto", "cpu" or "cuda", got {device!r}')
+    _ask_for_cpu_devices(count)
+    gpus = [d for d in jax.local_devices() if d.platform == "gpu"] if device != "cpu" else []
+    if gpus or device == "cuda":
+        if len(gpus) < count:
+            raise ValueError(
+                f"tensor_parallel_size={count} needs {count} GPUs, JAX sees {len(gpus)}; use fewer ranks or "
+                'device="cpu"'
+            )
+        return gpus[:count]
+    cpus = jax.local_devices(backend="cpu")
+    if len(cpus) < count:
+        raise ValueError(
+            f"tensor_parallel_size={count} needs {count} CPU devices, JAX was started with {len(cpus)}; before its "
+            f"first use set XLA_FLAGS=--{HOST_DEVICES_FLAG}={count}"
+        )
+    return cpus[:count]
+
+
+def _ask_for_cpu_devices(count: int) -> None:
+    """Have the CPU split into `count` devices, unless the user said how or JAX runs already."""
+    if (
+        HOST_DEVICES_FLAG in os.environ.get("XLA_FLAGS", "")
+        or jax.config.read("jax_num_cpu_devices") >= count
+    ):
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        return  # too late to ask: the devices that there are get counted by the caller
+
+
+@contextmanager
+def open_parallel(
+    decision: FusionDecision, layout: ParallelLayout, *, devices: list[Device], dtype: jnp.dtype
+) -> Iterator[Parallel]:
+    """A mesh of `devices`, with fusion started where the decision allows it. Functions traced inside may fuse."""
+    mesh = jax.make_mesh(
+        (layout.tp_size,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
+    )
+    with ExitStack() as stack:
+        comm = None
+        if layout.tp_size > 1:
+            comm = stack.enter_context(fused_communicator(mesh, AXIS, decision.hidden_size, dtype, decision))
+            decision = comm.decision
+        yield Parallel(
+            mesh,
+            decision,
+            attention=ReduceAxis(AXIS, layout.attn_tp_size, "attention", comm),
+            mlp=ReduceAxis(AXIS, layout.moe_reduce_size, "mlp", comm),
+        )

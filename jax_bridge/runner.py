@@ -1,0 +1,287 @@
+"""The model and its cache on a mesh: runs a step of the scheduler, samples, and says what ran fused.
+
+Two programs, compiled once for each batch shape: a pass with its sampling (prefill, or one decode step), and a loop of
+greedy decode steps. The loop runs ahead of the scheduler: its tokens are kept and handed out step by step, so a
+request gets the tokens and the counts that single steps would have given it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jax_bridge.batch import MIN_PAGES, Batch, build_batch
+from jax_bridge.cache import LayerCache, cache_bytes, cache_specs, make_cache
+from jax_bridge.dispatch import dispatch_lock
+from jax_bridge.models.qwen3_next import Qwen3Next
+from jax_bridge.parallel import Parallel
+from jax_bridge.report import explain
+from jax_bridge.sampler import Choice, choice_of, greedy, sample
+from jax_bridge.weights import Weights, materialize
+from shared_config import Qwen3NextConfig
+from shared_config.generation import StepResult
+from shared_config.results import Reductions
+from shared_config.scheduler import Chunk, Sequence, Step
+from shared_config.settings import EngineSettings
+
+# (model, cache, inputs) -> (outputs, cache), on one device inside shard_map; outputs are alike on all.
+Local = Callable[[Qwen3Next, list[LayerCache], Any], tuple[Any, list[LayerCache]]]
+Program = Callable[[nnx.State, list[LayerCache], Any], tuple[Any, list[LayerCache]]]
+
+
+@dataclass
+class _Ahead:
+    """Tokens that a loop chose for a sequence and the scheduler has not asked for yet."""
+
+    sequence: Sequence
+    tokens: deque[int]
+    reductions: Reductions  # of each step
+
+
+class ModelRunner:
+    """Loads the weights, sizes the cache, runs steps.
+
+    `weights` gives a model's parameters; `decode_steps` is how many greedy steps one loop may run.
+    """
+
+    def __init__(
+        self,
+        config: Qwen3NextConfig,
+        parallel: Parallel,
+        settings: EngineSettings,
+        dtype: jnp.dtype,
+        weights: Weights,
+        *,
+        decode_steps: int,
+    ) -> None:
+        self.config, self.parallel, self.settings, self.decode_steps = (
+            config,
+            parallel,
+            settings,
+            decode_steps,
+        )
+        model = Qwen3Next(config, parallel.attention, parallel.mlp)
+        materialize(model, weights(model, parallel, dtype))
+        self.graphdef, self.parameters = nnx.split(model)
+        self.num_pages = settings.num_pages or self._affordable_pages(dtype)
+        self.cache = make_cache(
+            config,
+            mesh=parallel.mesh,
+            axis_name=parallel.attention.name,
+            num_pages=self.num_pages,
+            page_size=settings.page_size,
+            num_slots=settings.max_num_seqs,
+            dtype=dtype,
+        )
+        loop = functools.partial(
+            _loop, eos=config.eos_token_ids, page_size=settings.page_size, most=decode_steps
+        )
+        self._pass, self._loop = self.program(_pass), self.program(loop)
+        self._counts: dict[Any, Reductions] = {}
+        self._ahead: dict[int, _Ahead] = {}  # by slot
+
+    def _affordable_pages(self, dtype: jnp.dtype) -> int:
+        """Enough pages for every slot at max_model_len, or what fits into the memory that is left."""
+        s = self.settings
+        wanted = s.max_num_seqs * -(-s.max_model_len // s.page_size)
+        if self.parallel.platform == "cpu":
+            return wanted
+        page, slot = cache_bytes(
+            self.config, tp_size=self.parallel.mesh.size, page_size=s.page_size, itemsize=dtype.itemsize
+        )
+        stats = [device.memory_stats() for device in self.parallel.mesh.devices.flat]
+        left = min(int(d["bytes_limit"] * s.memory_fraction) - d["bytes_in_use"] for d in stats)
+        fits = (left - (s.max_num_seqs + 1) * slot) // max(page, 1)
+        if fits < 1:
+            raise MemoryError(
+                f"no memory is left for the KV cache: {left / 2**30:.1f} GiB of JAX's share of the GPU; raise "
+                f"memory_fraction={s.memory_fraction} or XLA_PYTHON_CLIENT_MEM_FRACTION, lower max_num_seqs, or use "
+                "more ranks"
+            )
+        return min(wanted, fits)
+
+    def program(self, local: Local) -> Program:
+        """`local` on every device of the mesh, compiled; the cache is donated."""
+        graphdef = self.graphdef
+
+        def on_device(parameters: nnx.State, cache: list[LayerCache], inputs: Any) -> Any:
+            return local(nnx.merge(graphdef, parameters), cache, inputs)
+
+        caches = cache_specs(self.config, self.parallel.attention.name)
+        sharded = jax.shard_map(
+            on_device,
+            mesh=self.parallel.mesh,
+            in_specs=(nnx.get_partition_spec(self.parameters), caches, P()),
+            out_specs=(P(), caches),
+        )
+        return jax.jit(sharded, donate_argnums=1)
+
+    def execute(self, program: Program, inputs: Any) -> tuple[Any, Reductions]:
+        """(the program's outputs, the norm reductions in it; a loop's body counts once). Updates the cache."""
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(inputs))
+        key = (id(program), jax.tree.structure(inputs), shapes)
+        with dispatch_lock, jax.default_matmul_precision("highest"):  # float32 is float32, also on GPUs
+            if key not in self._counts:
+                counts = explain(program, self.parameters, self.cache, inputs).counts
+                self._counts[key] = Reductions(counts.fused, counts.unfused)
+            outputs, self.cache = program(self.parameters, self.cache, inputs)
+            if self.parallel.platform == "cpu":
+                jax.block_until_ready(self.cache)
+        return outputs, self._counts[key]
+
+    def run(self, step: Step) -> StepResult:
+        """Run the model over `step`'s tokens and sample where a chunk ends its prompt or decodes."""
+        return self._prefill(step) if step.prefill else self._decode(step)
+
+    def _prefill(self, step: Step) -> StepResult:
+        wants_logprobs = any(chunk.sequence.params.prompt_logprobs for chunk in step.chunks)
+        logits, tokens, reductions = self._run_pass(step, all_logits=wants_logprobs)
+        sampling = [i for i, chunk in enumerate(step.chunks) if chunk.samples]
+        batch_logits = None
+        if any(step.chunks[i].sequence.params.return_logits for i in sampling):
+            ends = np.cumsum([chunk.num_tokens for chunk in step.chunks]) - 1
+            batch_logits = [np.asarray(logits[ends[i] if wants_logprobs else i]) for i in sampling]
+        return StepResult(
+            tokens=[int(tokens[i]) for i in sampling],
+            reductions=reductions,
+            logits=batch_logits,
+            prompt_logprobs=_prompt_logprobs(step, logits) if wants_logprobs else [],
+        )
+
+    def _decode(self, step: Step) -> StepResult:
+        ahead = [self._ahead_of(chunk) for chunk in step.chunks]
+        left = Step(False, tuple(c for c, known in zip(step.chunks, ahead, strict=True) if known is None))
+        rows: dict[int, np.ndarray] = {}
+        if left.chunks:
+            steps = self._steps_at_once(left, [len(known.tokens) for known in ahead if known is not None])
+            if steps > 1:
+                self._run_loop(left, steps)
+            else:
+                logits, tokens, reductions = self._run_pass(left)
+                self._keep(left, tokens[None], reductions)
+                if any(chunk.sequence.params.return_logits for chunk in left.chunks):
+                    rows = {
+                        c.sequence.slot: row for c, row in zip(left.chunks, np.asarray(logits), strict=False)
+                    }
+        known = [self._ahead[chunk.sequence.slot] for chunk in step.chunks]
+        return StepResult(
+            tokens=[entry.tokens.popleft() for entry in known],
+            reductions=self._ahead[(left.chunks or step.chunks)[0].sequence.slot].reductions,
+            logits=[rows.get(chunk.sequence.slot) for chunk in step.chunks] if rows else None,
+        )
+
+    def _ahead_of(self, chunk: Chunk) -> _Ahead | None:
+        """What is known of a sequence's next token. A slot's entry may be its previous owner's."""
+        entry = self._ahead.get(chunk.sequence.slot)
+        return entry if entry is not None and entry.sequence is chunk.sequence and entry.tokens else None
+
+    def _steps_at_once(self, step: Step, others: list[int]) -> int:
+        """How many steps may run before anybody has to look: no row may pass its max_tokens, and rows that are ahead
+        by `others` tokens are caught up with, so that all run together again."""
+        params = [chunk.sequence.params for chunk in step.chunks]
+        if any(p.temperature > 0 or p.return_logits for p in params):
+            return 1
+        left = [chunk.sequence.params.max_tokens - len(chunk.sequence.output) for chunk in step.chunks]
+        return min([self.decode_steps, *left, *others])
+
+    def _run_pass(self, step: Step, *, all_logits: bool = False) -> tuple[jax.Array, np.ndarray, Reductions]:
+        """(logits [L, V], tokens [S], reductions)."""
+        batch = self._batch(step, all_logits)
+        choice = choice_of([chunk.sequence for chunk in step.chunks], batch.sample_rows.shape[0])
+        (logits, tokens), reductions = self.execute(self._pass, (batch, choice))
+        return logits, np.asarray(tokens), reductions
+
+    def _run_loop(self, step: Step, steps: int) -> None:
+        """`steps` greedy steps, or fewer when every row has ended."""
+        batch = self._batch(step)
+        ends = np.zeros(batch.token_ids.shape, bool)
+        ends[: len(step.chunks)] = [not chunk.sequence.params.ignore_eos for chunk in step.chunks]
+        padding = np.arange(len(ends)) >= len(step.chunks)
+        (tokens, count), reductions = self.execute(self._loop, (batch, np.int32(steps), ends, padding))
+        self._keep(step, np.asarray(tokens)[: int(count)], reductions)
+
+    def _batch(self, step: Step, all_logits: bool = False) -> Batch:
+        """`deterministic` pins the shapes of a decode step: always all rows, all pages."""
+        s = self.settings
+        pinned = s.deterministic and not step.prefill
+        return build_batch(
+            step,
+            page_size=s.page_size,
+            all_logits=all_logits,
+            rows=s.max_num_seqs if pinned else 1,
+            pages=-(-s.max_model_len // s.page_size) if pinned else MIN_PAGES,
+        )
+
+    def _keep(self, step: Step, tokens: np.ndarray, reductions: Reductions) -> None:
+        """tokens [steps, S]."""
+        for chunk, column in zip(step.chunks, tokens.T, strict=False):
+            self._ahead[chunk.sequence.slot] = _Ahead(chunk.sequence, deque(column.tolist()), reductions)
+
+
+def _pass(
+    model: Qwen3Next, cache: list[LayerCache], inputs: tuple[Batch, Choice | None]
+) -> tuple[tuple[jax.Array, jax.Array], list[LayerCache]]:
+    """((logits [L, V], tokens [S]), cache)."""
+    batch, choice = inputs
+    logits, cache = model(batch, cache)
+    rows = logits[batch.sample_rows]
+    return (logits, greedy(rows) if choice is None else sample(rows, choice)), cache
+
+
+def _loop(
+    model: Qwen3Next,
+    cache: list[LayerCache],
+    inputs: tuple[Batch, jax.Array, jax.Array, jax.Array],
+    *,
+    eos: tuple[int, ...],
+    page_size: int,
+    most: int,
+) -> tuple[tuple[jax.Array, jax.Array], list[LayerCache]]:
+    """((tokens [most, S], how many rows of them were filled), cache).
+
+    The inputs: the first step's batch, how many steps to run (at most `most`), which rows end at an `eos` token [S],
+    and which have ended before they begin [S].
+    """
+    first, steps, ends, ended = inputs
+
+    def goes_on(state: tuple[Any, ...]) -> jax.Array:
+        count, ended = state[0], state[1]
+        return (count < steps) & ~jnp.all(ended)
+
+    def one_step(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        count, ended, batch, cache, tokens = state
+        logits, cache = model(batch, cache)
+        chosen = greedy(logits)
+        ended = ended | (ends & jnp.isin(chosen, jnp.asarray(eos, jnp.int32)))
+        return count + 1, ended, batch.next_token(chosen, page_size), cache, tokens.at[count].set(chosen)
+
+    tokens = jnp.zeros((most, first.token_ids.shape[0]), jnp.int32)
+    state = (jnp.int32(0), ended, first, cache, tokens)
+    count, _, _, cache, tokens = jax.lax.while_loop(goes_on, one_step, state)
+    return (tokens, count), cache
+
+
+@jax.jit
+def _logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """logits [T, V], targets [T] -> the log-probability of each [T]."""
+    return jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), targets[:, None], axis=-1)[:, 0]
+
+
+def _prompt_logprobs(step: Step, logits: jax.Array) -> list[list[float]]:
+    """For each chunk, the log-probabilities of the prompt tokens that follow its rows. logits [T, V] of all rows."""
+    following = [c.sequence.prompt[c.start + 1 : c.start + c.num_tokens + 1] for c in step.chunks]
+    targets = np.zeros(logits.shape[0], np.int32)
+    firsts = np.cumsum([0, *(chunk.num_tokens for chunk in step.chunks)])
+    for first, tokens in zip(firsts, following, strict=False):
+        targets[first : first + len(tokens)] = tokens
+    values = np.asarray(_logprobs(logits, targets)).tolist()
+    return [values[first : first + len(tokens)] for first, tokens in zip(firsts, following, strict=False)]

@@ -1,0 +1,82 @@
+"""The engine from start to end: decision, mesh, model, and the requests that it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from jax_bridge.devices import Device
+from jax_bridge.parallel import open_parallel
+from jax_bridge.runner import ModelRunner
+from jax_bridge.weights import Weights
+from shared_config import (
+    FusionDecision,
+    FusionRequest,
+    ParallelLayout,
+    Qwen3NextConfig,
+    probe_flashinfer,
+    probe_hardware,
+    resolve_fusion,
+)
+from shared_config.generation import Generation, Request, Tokenizer
+from shared_config.results import RequestOutput
+from shared_config.scheduler import Scheduler
+from shared_config.settings import EngineSettings
+
+
+@dataclass(frozen=True)
+class SessionSpec:
+    """Everything that is decided before the start."""
+
+    config: Qwen3NextConfig
+    layout: ParallelLayout
+    request: FusionRequest
+    settings: EngineSettings
+    dtype: jnp.dtype
+    devices: tuple[Device, ...]
+    decode_steps: int
+    tokenizer_file: str | None
+
+
+class Session:
+    """A loaded model that generates."""
+
+    def __init__(self, spec: SessionSpec, runner: ModelRunner, tokenizer: Tokenizer | None) -> None:
+        settings = spec.settings
+        self.spec, self.runner, self.tokenizer = spec, runner, tokenizer
+        self.decision: FusionDecision = runner.parallel.decision
+        self.scheduler = Scheduler(
+            num_pages=runner.num_pages,
+            page_size=settings.page_size,
+            num_slots=settings.max_num_seqs,
+            max_step_tokens=settings.max_step_tokens,
+            max_model_len=settings.max_model_len,
+            one_prefill_at_a_time=settings.deterministic,
+        )
+
+    def generate(self, requests: list[Request]) -> Iterator[list[RequestOutput]]:
+        """After each step, the outputs that it changed."""
+        generation = Generation(requests, self.scheduler, self.tokenizer, self.spec.config.eos_token_ids)
+        return generation.run(self.runner)
+
+
+@contextmanager
+def open_session(spec: SessionSpec, weights: Weights) -> Iterator[Session]:
+    """Probe this machine, resolve fusion, load `weights`, and clean up at the end."""
+    decision = resolve_fusion(spec.config, spec.layout, probe_hardware(), probe_flashinfer(), spec.request)
+    with open_parallel(decision, spec.layout, devices=list(spec.devices), dtype=spec.dtype) as parallel:
+        runner = ModelRunner(
+            spec.config, parallel, spec.settings, spec.dtype, weights, decode_steps=spec.decode_steps
+        )
+        yield Session(spec, runner, load_tokenizer(spec.tokenizer_file))
+
+
+def load_tokenizer(file: str | None) -> Tokenizer | None:
+    if file is None:
+        return None
+    from tokenizers import Tokenizer as HFTokenizer
+
+    return HFTokenizer.from_file(file)

@@ -1,0 +1,207 @@
+"""Fill a model's parameters, sharded over the mesh: from a checkpoint, from live PyTorch ranks, or at random.
+
+Shapes: a parameter has one rank's shape in the model, and here that of all ranks' shares side by side along its
+split dim. The shares are those of `core_torch`, so a rank's tensor there is a device's shard here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors import safe_open
+from tqdm import tqdm
+
+from jax_bridge.dlpack import shards_from_torch
+from jax_bridge.models.qwen3_next import Qwen3Next
+from jax_bridge.parallel import Parallel
+from shared_config.checkpoint import FLOAT32_PARAMETERS, Piece, check_names, is_packed, plan_checkpoint
+from shared_config.model import Qwen3NextConfig
+
+# Gives a model's parameters, by name, over the mesh: one of this file's functions with its last arguments bound.
+Weights = Callable[[Qwen3Next, Parallel, jnp.dtype], dict[str, jax.Array]]
+
+
+class CheckpointFiles:
+    """The tensors of a folder's *.safetensors, single or sharded with an index, opened lazily."""
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            names = sorted(path.name for path in folder.glob("*.safetensors"))
+        absent = [name for name in names if not (folder / name).exists()]
+        if absent or not names:
+            what = f"{index.name} lists {absent[0]}, which is missing" if absent else "no *.safetensors file"
+            raise FileNotFoundError(f"model={str(folder)!r}: {what}; give a complete checkpoint folder")
+        self._files: dict[str, Any] = {}
+        for name in names:
+            file = safe_open(folder / name, framework="np")
+            for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                self._files[key] = file
+        self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
+
+    def read(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
+        return self._files[name].get_slice(name)[box]
+
+
+def named_parameters(model: Qwen3Next) -> dict[str, nnx.Param]:
+    """The model's parameters by the names of `shared_config.checkpoint`; a tied head has none of its own."""
+    return {
+        ".".join(map(str, path)): parameter
+        for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+
+
+def parameter_specs(model: Qwen3Next) -> dict[str, PartitionSpec]:
+    """How each parameter is split over the mesh."""
+    return {
+        name: PartitionSpec(*parameter.get_metadata("out_sharding"))
+        for name, parameter in named_parameters(model).items()
+    }
+
+
+def parameter_dtype(name: str, dtype: jnp.dtype) -> jnp.dtype:
+    """`dtype`, but for what must stay float32."""
+    return jnp.dtype("float32") if name.rsplit(".", 1)[-1] in FLOAT32_PARAMETERS else dtype
+
+
+def materialize(model: Qwen3Next, values: Mapping[str, jax.Array]) -> None:
+    """Give an abstract model its arrays."""
+    parameters = named_parameters(model)
+    assert parameters.keys() == values.keys()
+    state = nnx.state(model, nnx.Param)
+    flat = [
+        (path, parameter.replace(values[".".join(map(str, path))]))
+        for path, parameter in nnx.to_flat_state(state)
+    ]
+    nnx.update(model, nnx.from_flat_state(flat))
+
+
+def load_checkpoint(
+    model: Qwen3Next,
+    parallel: Parallel,
+    dtype: jnp.dtype,
+    *,
+    config: Qwen3NextConfig,
+    folder: Path,
+    progress: bool,
+) -> dict[str, jax.Array]:
+    """The parameters from `folder`, each device's slices read and placed on it alone.
+
+    Raises ValueError naming tensors that are missing, unexpected or misshapen.
+    """
+    files = CheckpointFiles(folder)
+    packed = is_packed(files.shapes)
+    plans = [
+        plan_checkpoint(config, attn_rank=rank, attn_size=parallel.mesh.size, packed=packed)
+        for rank in range(parallel.mesh.size)
+    ]
+    check_names(plans[0], files.shapes, tied=config.tie_word_embeddings)
+    pieces: list[dict[str, list[Piece]]] = [{} for _ in plans]
+    for plan, by_name in zip(plans, pieces, strict=True):
+        for piece in plan.pieces:
+            by_name.setdefault(piece.parameter, []).append(piece)
+
+    def reader(name: str, shape: tuple[int, ...], split: int | None) -> Callable[[Any], np.ndarray]:
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            """The shard at `index` of the whole parameter."""
+            rank = 0 if split is None else (index[split].start or 0) // shape[split]
+            shard = np.zeros(shape, parameter_dtype(name, dtype))  # the vocabulary's padding rows stay zero
+            for piece in pieces[rank][name]:
+                box = shard[piece.parameter_box]
+                box[...] = files.read(piece.source, piece.source_box).astype(shard.dtype).reshape(box.shape)
+            return shard
+
+        return read
+
+    values = {}
+    specs = parameter_specs(model)
+    bar = tqdm(
+        named_parameters(model).items(),
+        desc="loading",
+        unit="parameter",
+        disable=not progress,
+        leave=False,
+    )
+    for name, parameter in bar:
+        shape, sharding = _whole(parameter.shape, specs[name], parallel.mesh)
+        split = next((dim for dim, axis in enumerate(specs[name]) if axis is not None), None)
+        values[name] = jax.make_array_from_callback(shape, sharding, reader(name, parameter.shape, split))
+    return values
+
+
+def take_torch_shards(
+    model: Qwen3Next, parallel: Parallel, dtype: jnp.dtype, *, ranks: Sequence[Mapping[str, Any]]
+) -> dict[str, jax.Array]:
+    """The parameters on the memory of `ranks`: the named parameters of each rank of a `core_torch` model, detached.
+
+    Nothing is copied on GPUs (see `jax_bridge.dlpack` for what sharing means). Raises ValueError naming a parameter
+    that is missing or has another shape or dtype.
+    """
+    if len(ranks) != parallel.mesh.size:
+        raise ValueError(
+            f"ranks has {len(ranks)} entries for {parallel.mesh.size} devices; give one for each"
+        )
+    values = {}
+    specs = parameter_specs(model)
+    for name, parameter in named_parameters(model).items():
+        wanted = (tuple(parameter.shape), parameter_dtype(name, dtype).name)
+        for rank, tensors in enumerate(ranks):
+            if name not in tensors:
+                raise ValueError(f"ranks[{rank}] lacks {name!r}; give all named_parameters() of the model")
+            tensor = tensors[name]
+            got = (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            if got != wanted:
+                raise ValueError(
+                    f"ranks[{rank}][{name!r}] is {got[1]} {got[0]}, expected {wanted[1]} {wanted[0]}"
+                )
+        values[name] = shards_from_torch([tensors[name] for tensors in ranks], parallel.mesh, specs[name])
+    return values
+
+
+def dummy_weights(
+    model: Qwen3Next, parallel: Parallel, dtype: jnp.dtype, *, seed: int
+) -> dict[str, jax.Array]:
+    """Random weights of the real shapes, made on the devices, at scales that keep activations and routing alive.
+
+    The distributions are those of `core_torch.weights.fill_dummy`; the numbers are not.
+    """
+    values = {}
+    specs = parameter_specs(model)
+    for name, parameter in named_parameters(model).items():
+        shape, sharding = _whole(parameter.shape, specs[name], parallel.mesh)
+        digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=4).digest()
+        key = jax.random.key(int.from_bytes(digest, "little"))
+        draw = jax.jit(_distribution(name, shape), out_shardings=sharding)
+        values[name] = draw(key).astype(parameter_dtype(name, dtype))
+    return values
+
+
+def _distribution(name: str, shape: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
+    if name.endswith("A_log"):
+        return lambda key: jax.random.uniform(key, shape, jnp.float32, math.log(0.01), math.log(16.0))
+    if name.endswith("dt_bias"):
+        return lambda key: jax.random.uniform(key, shape, jnp.float32, -4.0, 1.0)
+    center, spread = (0.0, shape[-1] ** -0.5) if len(shape) > 1 else (0.0, 0.1)
+    if name.endswith("mixer.norm.weight"):
+        center = 1.0
+    return lambda key: jnp.float32(center) + jnp.float32(spread) * jax.random.normal(key, shape, jnp.float32)
+
+
+def _whole(
+    shape: tuple[int, ...], spec: PartitionSpec, mesh: jax.sharding.Mesh
+) -> tuple[tuple[int, ...], NamedSharding]:
+    """The shape of all ranks' shares of a parameter, and where they lie."""
+    sizes = (1 if axis is None else mesh.shape[axis] for axis in spec)
+    return tuple(n * size for n, size in zip(shape, sizes, strict=True)), NamedSharding(mesh, spec)

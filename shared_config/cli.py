@@ -1,0 +1,70 @@
+"""The command-line options that both engines' `generate` commands share, and how they print results."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from shared_config.results import RequestOutput
+from shared_config.sampling import SamplingParams
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `LLM`."""
+    parser.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face checkpoint folder")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (default 1)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--fusion", default="auto", choices=("auto", "on", "off"))
+    parser.add_argument("--backend", default="auto", choices=("auto", "trtllm", "mnnvl", "reference"))
+    parser.add_argument("--allow-multicast", action="store_true")
+    parser.add_argument("--deterministic", action="store_true")
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keywords for `LLM`, but for the model's folder."""
+    return {
+        "tensor_parallel_size": args.tp,
+        "fusion": args.fusion,
+        "deterministic": args.deterministic,
+        "dtype": args.dtype,
+        "device": args.device,
+        "backend": args.backend,
+        "allow_multicast": args.allow_multicast,
+    }
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT")
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop=tuple(args.stop),
+    )
+
+
+def print_outputs(outputs: list[RequestOutput], elapsed_s: float, ranks: int) -> int:
+    """Print each text with its counts, and the speed; 1 when a request was refused."""
+    for output in outputs:
+        if output.error:
+            print(f"--- {output.prompt!r} was refused: {output.error}", file=sys.stderr)
+            continue
+        print(
+            f"--- [{output.finish_reason}, {len(output.token_ids)} tokens; reductions: {output.reductions}]"
+        )
+        print(f"{output.prompt}{output.text}")
+    count = sum(len(output.token_ids) for output in outputs)
+    print(f"--- {count} tokens in {elapsed_s:.2f} s, {count / elapsed_s:.1f} tokens/s over {ranks} rank(s)")
+    return 1 if any(output.error for output in outputs) else 0
