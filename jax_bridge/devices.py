@@ -25,7 +25,7 @@ class LocalRank:
     device: Device
     group: int
     rank: int  # in the group
-    ordinal: int  # CUDA's number in this process; 0 for every virtual CPU device
+    ordinal: int  # the GPU's number in this process, as CUDA and custom calls know it
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,9 @@ def fused_communicator(
     when they enter or leave it. A function compiled ahead of time inside the block must not run after it, and
     nothing may still be running when it ends. One group per combination of the mesh's other axes; all processes
     of the mesh call this together. One communicator belongs to one Python thread that dispatches (`one_at_a_time`).
+    On CPU, wait for results at least every 32 calls, as with `psum`: XLA there stalls with more in flight. On GPUs,
+    keep XLA's preallocation (`XLA_PYTHON_CLIENT_MEM_FRACTION` leaves room for others) and set
+    `CUDA_MODULE_LOADING=EAGER`.
 
     `transport` is "ffi" (a C++ custom call) or "cupy" (CuPy, no compiler); on CPU the `reference` backend always
     takes the C++ rendezvous. `max_tokens` makes the workspace smaller than the decision's limit. `timeout_s`

@@ -10,6 +10,7 @@
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/function.h>
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -34,6 +35,7 @@ struct Rank {
 
 std::mutex table_mutex;
 std::map<std::pair<int64_t, int64_t>, Rank> table;  // (communicator, device ordinal) -> Rank
+std::atomic<int64_t> host_launches{0};
 
 Rank find_rank(int64_t communicator, TensorView on_device) {
   std::lock_guard<std::mutex> lock(table_mutex);
@@ -44,6 +46,7 @@ Rank find_rank(int64_t communicator, TensorView on_device) {
                                 << ": a fused function runs inside the `with` block that it was compiled in, on the"
                                    " devices of its mesh";
   }
+  host_launches++;
   return found->second;
 }
 
@@ -94,6 +97,9 @@ void close_rank(int64_t communicator, int64_t ordinal) {
   table.erase({communicator, ordinal});
 }
 
+// How often the host launched a kernel: in eager runs and captures. Replays of a CUDA graph do not come by here.
+int64_t count_host_launches() { return host_launches.load(); }
+
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(allreduce_residual_rmsnorm, allreduce_residual_rmsnorm);
@@ -102,3 +108,4 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(ordered_allreduce_residual_rmsnorm, ordered_allred
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(ordered_allreduce, ordered_allreduce);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(open_rank, open_rank);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(close_rank, close_rank);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(count_host_launches, count_host_launches);

@@ -173,7 +173,8 @@ std::vector<Call> arrive(Group& group, int64_t rank, const Call& call) {
       if (!group.present[other]) missing += (missing.empty() ? "" : ", ") + std::to_string(other);
     }
     fail(group, "rank " + std::to_string(rank) + " waited " + std::to_string(group.timeout.count()) + " ms in " +
-                    describe(call) + " for rank(s) " + missing);
+                    describe(call) + " for rank(s) " + missing +
+                    " (XLA on CPU also stalls with more than 32 programs in flight: block_until_ready now and then)");
   }
   if (group.meeting == meeting) fail(group, group.poison);
   return group.calls;

@@ -1,0 +1,181 @@
+"""The fused op in JAX on two GPUs: bit for bit what PyTorch gets, through both transports, in CUDA graphs.
+
+The work is in `gpu_jax_cases.py`; this starts its processes once and looks at what they found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import free_port
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]
+
+CASES = (
+    "readme_example",
+    "digest",
+    "thousand_executions",
+    "independent_calls",
+    "two_threads",
+    "transformations",
+    "exchange",
+    "ffi_equals_torch",
+    "cupy_equals_torch",
+)
+MAIN_TIMEOUT_S = 150
+EXTRA_TIMEOUT_S = 60
+
+
+class Cases:
+    """The processes of one run, and what their cases gave so far."""
+
+    def __init__(
+        self, folder: Path, cases: tuple[str, ...], *, processes: int = 1, xla_flags: str = ""
+    ) -> None:
+        if torch.cuda.device_count() < 2:
+            pytest.skip("needs 2 GPUs")
+        self.files = [folder / f"process{index}.jsonl" for index in range(processes)]
+        self.logs = [folder / f"process{index}.log" for index in range(processes)]
+        port = free_port()
+        self.processes = []
+        for index in range(processes):
+            environment = {
+                **os.environ,
+                "XLA_FLAGS": xla_flags,
+                "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4",
+                "CROSSFUSE_TEST_DUMP": str(folder / "dump"),
+            }
+            if processes == 1:
+                # A kernel that waits for the other GPU must not meet the driver loading a module in this process.
+                environment["CUDA_MODULE_LOADING"] = "EAGER"
+            else:
+                environment["CROSSFUSE_TEST_PROCESS"] = f"{index} {port}"
+            with self.logs[index].open("w") as log:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "tests.gpu_jax_cases", str(self.files[index]), *cases],
+                        cwd=Path(__file__).parent.parent,
+                        env=environment,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+
+    def wait(self, timeout_s: float) -> None:
+        """Until all have ended; one that is late is killed, and its next case is the one that hung."""
+        try:
+            for process in self.processes:
+                process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            for process in self.processes:
+                process.kill()
+                process.wait()
+
+    def result(self, case: str, process: int = 0) -> dict[str, Any]:
+        lines = [json.loads(line) for line in self.files[process].read_text().splitlines()]
+        for line in lines:
+            if line["case"] == case:
+                print(json.dumps(line, indent=1)[:6000])
+                assert "error" not in line, line["error"]
+                return line["result"]
+        done = [line["case"] for line in lines]
+        pytest.fail(
+            f"{case} gave no answer (done: {done}); end of its log:\n{self.logs[process].read_text()[-6000:]}"
+        )
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    folder = tmp_path_factory.mktemp("gpu_jax")
+    flags = f"--xla_dump_to={folder / 'dump'} --xla_dump_hlo_module_re=.*captured.*"
+    cases = Cases(folder, CASES, xla_flags=flags)
+    cases.wait(MAIN_TIMEOUT_S)
+    return cases
+
+
+@pytest.fixture(scope="module")
+def ran_concurrently(ran: Cases, tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    del ran  # one after another: they use the same GPUs
+    flags = "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
+    cases = Cases(tmp_path_factory.mktemp("concurrent"), ("independent_calls",), xla_flags=flags)
+    cases.wait(EXTRA_TIMEOUT_S)
+    return cases
+
+
+@pytest.fixture(scope="module")
+def ran_in_two_processes(ran_concurrently: Cases, tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    del ran_concurrently
+    cases = Cases(tmp_path_factory.mktemp("processes"), ("digest",), processes=2)
+    cases.wait(EXTRA_TIMEOUT_S)
+    return cases
+
+
+@pytest.mark.parametrize(("case", "num_shapes"), [("ffi_equals_torch", 15), ("cupy_equals_torch", 3)])
+def test_bitwise_equal_to_the_torch_op(ran: Cases, case: str, num_shapes: int) -> None:
+    found = ran.result(case)
+    # 12 token counts: two biases with two outputs and one sum, on two ranks.
+    assert found["compared"] == num_shapes * 12 * 5 * 2
+    assert found["different"] == [], "hidden, dtype, call, output, rank, elements, largest difference"
+
+
+def test_a_thousand_executions_are_replays_of_a_graph(ran: Cases) -> None:
+    found = ran.result("thousand_executions")
+    for transport in ("ffi", "cupy"):
+        assert found[transport]["wrong"] == 0
+        # The host launches when XLA captures. Every kernel that ran without it was replayed by a CUDA graph.
+        assert 0 < found[transport]["host_launches"] < found[transport]["kernels"] / 4, found[transport]
+
+
+def test_independent_calls_in_one_order(ran: Cases) -> None:
+    found = ran.result("independent_calls")
+    assert {transport: found[transport]["wrong"] for transport in found} == {"ffi": 0, "cupy": 0}
+
+
+def test_independent_calls_under_concurrent_command_buffers(ran_concurrently: Cases) -> None:
+    found = ran_concurrently.result("independent_calls")
+    assert {transport: found[transport]["wrong"] for transport in found} == {"ffi": 0, "cupy": 0}
+
+
+def test_two_threads_that_dispatch(ran: Cases) -> None:
+    assert ran.result("two_threads")["wrong"] == [0, 0]
+
+
+def test_transformations(ran: Cases) -> None:
+    found = ran.result("transformations")
+    assert found.pop("gradient_error") < 1e-4
+    assert found == {"donated": True, "vmap": True, "scan": True, "export": True, "fused_in_gradient": 1}
+
+
+def test_exchange_and_own_kernels(ran: Cases) -> None:
+    found = ran.result("exchange")
+    assert "order the tensors as mesh.devices" in found.pop("wrong_order")
+    assert found.pop("cupy_wrong") == 0
+    assert found.pop("cupy_python_calls") < 50, "Python runs when a graph is captured, not at every step"
+    assert all(found.values()), found
+
+
+def test_two_processes_get_the_same_bits(ran: Cases, ran_in_two_processes: Cases) -> None:
+    alone = ran.result("digest")
+    assert alone["fused"] == 8
+    assert len(alone["digests"]) == 2, "hidden and residual, the same on both ranks"
+    for index in range(2):
+        mine = ran_in_two_processes.result("digest", index)
+        assert mine["fused"] == 8, mine["reason"]
+        assert mine["local_devices"] == [index]
+        assert mine["digests"] == alone["digests"]
+
+
+def test_the_readme_s_example(ran: Cases) -> None:
+    printed = ran.result("readme_example")["printed"]
+    assert "1 fused, 0 unfused" in printed
+    assert "[[2 2 2" in printed
