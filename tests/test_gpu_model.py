@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
 
 from core_torch import LLM, SamplingParams
+from core_torch.session import Session, SessionSpec, open_session
+from shared_config import FusionDecision, FusionRequest, ParallelLayout, Qwen3NextConfig
+from shared_config.generation import Request
 from shared_config.results import RequestOutput
+from shared_config.settings import EngineSettings
+from tests.ranks import RankPool
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(240),
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
 ]
 
 TINY = Path(__file__).parent / "data/tiny-qwen3-next"
@@ -30,16 +38,48 @@ PROMPTS = [
     "try:\n    import",
     "# Copyright",
 ]
+Outputs = list[RequestOutput]
 # A bfloat16 run is judged by float32: it may be this much further from it than the unfused bfloat16 run is.
 SLACK = 1.25
 
 
-def run(
-    prompts: list[str], max_tokens: int = 64, tp: int = 2, **options: Any
-) -> tuple[Any, list[RequestOutput]]:
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    """Two ranks that serve all tests of this file: starting processes is most of a run's time."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+    pool = RankPool(2, backend="nccl")
+    yield pool
+    pool.close()
+
+
+def make_spec(request: FusionRequest, **options: Any) -> SessionSpec:
+    config, tokenizer = Qwen3NextConfig.from_hf(TINY), str(TINY / "tokenizer.json")
+    settings = EngineSettings(
+        str(TINY), deterministic=request.deterministic, **{"max_model_len": 512, **options}
+    )
+    return SessionSpec(config, ParallelLayout(tp_size=2), request, settings, "cuda", tokenizer)
+
+
+def generate(session: Session, prompts: list[str], max_tokens: int) -> Outputs:
+    assert isinstance(session.tokenizer, Tokenizer)
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, return_logits=True)
-    with LLM(TINY, tp, device="cuda", **{"max_model_len": 512, **options}) as llm:
-        return llm.fusion, llm.generate(prompts, params)
+    requests = [Request(i, p, session.tokenizer.encode(p).ids, params, 0) for i, p in enumerate(prompts)]
+    final = {o.index: o for outputs in session.generate(requests) for o in outputs}
+    return [final[i] for i in range(len(prompts))]
+
+
+def on_rank(spec: SessionSpec, prompts: list[str], max_tokens: int) -> tuple[FusionDecision, Outputs]:
+    """On every rank of the pool: open a session, generate, close it."""
+    with open_session(spec, dist.get_rank()) as session:
+        return session.decision, generate(session, prompts, max_tokens)
+
+
+def run(
+    pool: RankPool, prompts: list[str], request: FusionRequest, max_tokens: int = 64, **options: Any
+) -> tuple[FusionDecision, Outputs]:
+    """Rank 0's decision and outputs."""
+    return pool.run(on_rank, make_spec(request, **options), prompts, max_tokens, timeout=90)[0]
 
 
 class Error:
@@ -72,22 +112,30 @@ def assert_as_good(
 
 
 @pytest.fixture(scope="module")
-def truth() -> list[RequestOutput]:
-    return run(PROMPTS, tp=1, dtype="float32", cuda_graphs=False)[1]
+def truth(pool: RankPool) -> Outputs:
+    return run(pool, PROMPTS, FusionRequest(mode="off"), dtype="float32", cuda_graphs=False)[1]
 
 
 @pytest.fixture(scope="module")
-def unfused() -> list[RequestOutput]:
-    decision, outputs = run(PROMPTS, fusion="off")
+def unfused(pool: RankPool) -> Outputs:
+    decision, outputs = run(pool, PROMPTS, FusionRequest(mode="off"))
     assert not decision.enabled
     assert all(o.reductions.fused == 0 for o in outputs)
     return outputs
 
 
+def test_batches_above_the_limit_run_unfused_one_by_one(pool: RankPool) -> None:
+    request = FusionRequest(mode="on", max_bytes=16 * 256 * 2)  # 16 tokens of hidden 256 in bf16
+    decision, outputs = run(pool, ["x = 1\n" * 40], request, max_tokens=8)
+    assert decision.enabled
+    assert outputs[0].reductions.unfused == 16  # the prefill
+    assert outputs[0].reductions.fused == 16 * 7
+
+
 def test_fused_agrees_with_unfused_and_every_reduction_is_counted(
-    unfused: list[RequestOutput], truth: list[RequestOutput]
+    pool: RankPool, unfused: Outputs, truth: Outputs
 ) -> None:
-    decision, outputs = run(PROMPTS, fusion="on")
+    decision, outputs = run(pool, PROMPTS, FusionRequest(mode="on"))
     assert decision.enabled
     assert decision.backend == "trtllm"
     assert_as_good(outputs, unfused, truth)
@@ -95,46 +143,38 @@ def test_fused_agrees_with_unfused_and_every_reduction_is_counted(
     assert outputs[0].reductions.fused == 2 * 8 * 64  # 2 a layer, 8 layers, 1 prefill and 63 decode steps
 
 
-def test_auto_fuses_here() -> None:
-    decision, outputs = run(PROMPTS[:2], max_tokens=4)
+def test_auto_fuses_here(pool: RankPool) -> None:
+    decision, outputs = run(pool, PROMPTS[:2], FusionRequest(), max_tokens=4)
     assert decision.enabled, decision.reason
     assert outputs[0].reductions.fused > 0
 
 
-def test_two_ranks_agree_with_one(unfused: list[RequestOutput], truth: list[RequestOutput]) -> None:
-    _, outputs = run(PROMPTS, tp=1)
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_graphs_agree_with_eager(mode: str, pool: RankPool, unfused: Outputs, truth: Outputs) -> None:
+    _, outputs = run(pool, PROMPTS, FusionRequest(mode=mode), cuda_graphs=False)
     assert_as_good(outputs, unfused, truth)
 
 
-def test_graphs_agree_with_eager(unfused: list[RequestOutput], truth: list[RequestOutput]) -> None:
-    for fusion in ("on", "off"):
-        _, outputs = run(PROMPTS, fusion=fusion, cuda_graphs=False)
-        assert_as_good(outputs, unfused, truth)
-
-
-def test_batches_above_the_limit_run_unfused_one_by_one() -> None:
-    limit = 16 * 256 * 2  # 16 tokens of hidden 256 in bf16
-    decision, outputs = run(["x = 1\n" * 40], max_tokens=8, fusion="on", max_fused_bytes=limit)
-    assert decision.enabled
-    assert outputs[0].reductions.unfused == 16  # the prefill
-    assert outputs[0].reductions.fused == 16 * 7
-
-
-def test_deterministic_is_never_fused_and_batch_invariant() -> None:
-    """The same prompt gives the same bits alone and inside batches of 2, 8 and 32."""
-    prompt, logits = PROMPTS[1], []
+def logits_in_batches(spec: SessionSpec, prompt: str, sizes: dict[int, int]) -> list[bytes]:
+    """On every rank: the bytes of `prompt`'s logits in batches of each size, at its given place."""
     filler = [PROMPTS[i % 8] + "\n" * (i % 5) for i in range(31)]
-    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, return_logits=True)
-    with LLM(TINY, 2, device="cuda", deterministic=True, max_num_seqs=32, max_model_len=256) as llm:
-        assert not llm.fusion.enabled
-        for size, at in ((1, 0), (2, 1), (8, 3), (32, 17)):
-            batch = filler[: size - 1]
-            batch.insert(at, prompt)
-            output = llm.generate(batch, params)[at]
+    found = []
+    with open_session(spec, dist.get_rank()) as session:
+        assert not session.decision.enabled
+        for size, at in sizes.items():
+            texts = filler[: size - 1]
+            texts.insert(at, prompt)
+            output = generate(session, texts, max_tokens=24)[at]
             assert output.reductions.fused == 0
-            logits.append(np.stack(output.logits))
-    for other in logits[1:]:
-        assert np.array_equal(logits[0], other)
+            found.append(np.stack(output.logits).tobytes())
+    return found
+
+
+def test_deterministic_is_never_fused_and_batch_invariant(pool: RankPool) -> None:
+    """The same prompt gives the same bits alone and inside batches of 2, 8 and 32, on both ranks."""
+    spec = make_spec(FusionRequest(deterministic=True), max_num_seqs=32, max_model_len=256)
+    by_rank = pool.run(logits_in_batches, spec, PROMPTS[1], {1: 0, 2: 1, 8: 3, 32: 17}, timeout=90)
+    assert len({found for rank in by_rank for found in rank}) == 1
 
 
 def used_mib() -> list[int]:
@@ -142,8 +182,16 @@ def used_mib() -> list[int]:
     return [int(x) for x in subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()]
 
 
-def test_memory_is_back_after_close() -> None:
-    run(PROMPTS[:1], max_tokens=2)
+def test_two_worker_ranks_agree_with_one_and_give_the_memory_back(unfused: Outputs, truth: Outputs) -> None:
+    """The whole `LLM`, at both sizes; closing it is quick and leaves nothing on the GPUs."""
+    params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, return_logits=True)
+    with LLM(TINY, device="cuda", max_model_len=512) as llm:
+        assert_as_good(llm.generate(PROMPTS, params), unfused, truth)
+    torch.cuda.empty_cache()
     before = used_mib()
-    run(PROMPTS[:1], max_tokens=2)
+    with LLM(TINY, 2, device="cuda", max_model_len=512) as llm:
+        assert_as_good(llm.generate(PROMPTS, params), unfused, truth)
+        assert llm.fusion.enabled
+        start = time.monotonic()
+    assert time.monotonic() - start < 15
     assert max(abs(a - b) for a, b in zip(used_mib(), before, strict=True)) <= 16
