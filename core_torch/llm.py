@@ -12,15 +12,14 @@ from typing import Any, Literal, overload
 
 import torch
 
-from core_torch.session import Session, SessionSpec, load_tokenizer, open_session
+from core_torch.session import Session, SessionSpec, open_session
 from core_torch.worker import WorkerGroup
 from shared_config import FusionDecision, FusionRequest, FusionWarning, ParallelLayout, Qwen3NextConfig
-from shared_config.generation import Request
+from shared_config.generation import Request, load_tokenizer
+from shared_config.prompts import Prompt, build_requests
 from shared_config.results import RequestOutput
 from shared_config.sampling import SamplingParams
 from shared_config.settings import EngineSettings
-
-Prompt = str | Sequence[int]
 
 
 class LLM:
@@ -113,7 +112,13 @@ class LLM:
         Returns the outputs in the prompts' order; with `stream=True` an iterator that gives an output each time that
         it has grown. A request that can never run has finish_reason "refused" and says why; the others go on.
         """
-        requests = self._requests(prompts, params)
+        requests = build_requests(
+            prompts,
+            params,
+            encode=self.encode,
+            vocab_size=self.config.vocab_size,
+            fresh_seed=self._fresh_seed,
+        )
         steps = self._run(requests)
         if stream:
             return (output for outputs in steps for output in outputs)
@@ -126,29 +131,6 @@ class LLM:
         if self._workers is not None and self._workers.pids:
             return self._workers.generate(requests)
         raise RuntimeError("this LLM is closed; make a new one")
-
-    def _requests(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[Request]:
-        batch = _as_batch(prompts)
-        params = SamplingParams() if params is None else params
-        many = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
-        if len(many) != len(batch):
-            raise ValueError(
-                f"params has {len(many)} entries for {len(batch)} prompts; give one, or one for each"
-            )
-        requests = []
-        for index, (prompt, one) in enumerate(zip(batch, many, strict=True)):
-            text = prompt if isinstance(prompt, str) else None
-            ids = self.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
-            outside = [t for t in ids if not 0 <= t < self.config.vocab_size]
-            if outside:
-                raise ValueError(
-                    f"prompts[{index}] has token id {outside[0]}, outside the vocabulary of {self.config.vocab_size}"
-                )
-            seed = one.seed if one.seed is not None else self._fresh_seed()
-            requests.append(Request(index, text, ids, one, seed))
-        return requests
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`. Raises ValueError without a tokenizer.json."""
@@ -175,19 +157,6 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt (a text, or token ids) as a batch of one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    ids = [p for p in prompts if isinstance(p, int)]
-    if ids and len(ids) == len(prompts):
-        return [ids]
-    batch = [p for p in prompts if not isinstance(p, int)]
-    if len(batch) != len(prompts):
-        raise TypeError("prompts mixes token ids with prompts; give one list of ids, or a list of prompts")
-    return batch
 
 
 def _choose_device(device: str, ranks: int) -> str:

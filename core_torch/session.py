@@ -19,9 +19,8 @@ from shared_config import (
     probe_hardware,
     resolve_fusion,
 )
-from shared_config.generation import Generation, Request, Tokenizer
+from shared_config.generation import Generation, Request, Tokenizer, load_tokenizer, make_scheduler
 from shared_config.results import RequestOutput
-from shared_config.scheduler import Scheduler
 from shared_config.settings import EngineSettings
 
 
@@ -41,17 +40,9 @@ class Session:
     """A loaded model that generates. Every rank is given the same requests in the same order."""
 
     def __init__(self, spec: SessionSpec, runner: ModelRunner, tokenizer: Tokenizer | None) -> None:
-        settings = spec.settings
         self.spec, self.runner, self.tokenizer = spec, runner, tokenizer
         self.decision: FusionDecision = runner.parallel.decision
-        self.scheduler = Scheduler(
-            num_pages=runner.num_pages,
-            page_size=settings.page_size,
-            num_slots=settings.max_num_seqs,
-            max_step_tokens=settings.max_step_tokens,
-            max_model_len=settings.max_model_len,
-            one_prefill_at_a_time=settings.deterministic,
-        )
+        self.scheduler = make_scheduler(spec.settings, runner.num_pages)
 
     def generate(self, requests: list[Request]) -> Iterator[list[RequestOutput]]:
         """After each step, the outputs that it changed."""
@@ -78,11 +69,3 @@ def open_session(spec: SessionSpec, local_rank: int) -> Iterator[Session]:
             yield Session(spec, runner, load_tokenizer(spec.tokenizer_file))
         finally:
             runner.close()
-
-
-def load_tokenizer(file: str | None) -> Tokenizer | None:
-    if file is None:
-        return None
-    from tokenizers import Tokenizer as HFTokenizer
-
-    return HFTokenizer.from_file(file)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 
@@ -21,30 +18,7 @@ from shared_config.checkpoint import (
     is_packed,
     plan_checkpoint,
 )
-
-
-class CheckpointFiles:
-    """The tensors of a folder's *.safetensors, single or sharded with an index, opened lazily."""
-
-    def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            names = sorted(path.name for path in folder.glob("*.safetensors"))
-        absent = [name for name in names if not (folder / name).exists()]
-        if absent or not names:
-            what = f"{index.name} lists {absent[0]}, which is missing" if absent else "no *.safetensors file"
-            raise FileNotFoundError(f"model={str(folder)!r}: {what}; give a complete checkpoint folder")
-        self._files: dict[str, Any] = {}
-        for name in names:
-            file = safe_open(folder / name, framework="pt")
-            for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                self._files[key] = file
-        self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
-
-    def read(self, name: str, box: tuple[slice, ...]) -> torch.Tensor:
-        return self._files[name].get_slice(name)[box]
+from shared_config.checkpoint_files import CheckpointFiles
 
 
 def plan_for(model: Qwen3Next, *, packed: bool = False) -> CheckpointPlan:
@@ -73,7 +47,7 @@ def materialize(model: Qwen3Next, dtype: torch.dtype, device: torch.device) -> N
 
 def load_checkpoint(model: Qwen3Next, folder: Path, *, progress: bool) -> None:
     """Fill `model` from `folder`. Raises ValueError naming tensors that are missing, unexpected or misshapen."""
-    files = CheckpointFiles(folder)
+    files = CheckpointFiles(folder, "pt")
     plan = plan_for(model, packed=is_packed(files.shapes))
     check_names(plan, files.shapes, tied=model.config.tie_word_embeddings)
     parameters = dict(model.named_parameters())

@@ -12,10 +12,10 @@ from typing import Any, Literal, overload
 import jax.numpy as jnp
 
 from jax_bridge.parallel import choose_devices
-from jax_bridge.session import Session, SessionSpec, load_tokenizer, open_session
+from jax_bridge.session import Session, SessionSpec, open_session
 from jax_bridge.weights import Weights, dummy_weights, load_checkpoint, take_torch_shards
 from shared_config import FusionDecision, FusionRequest, ParallelLayout, Qwen3NextConfig
-from shared_config.generation import Request
+from shared_config.generation import Request, load_tokenizer
 from shared_config.prompts import Prompt, build_requests
 from shared_config.results import RequestOutput
 from shared_config.sampling import SamplingParams

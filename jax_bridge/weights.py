@@ -7,7 +7,6 @@ split dim. The shares are those of `core_torch`, so a rank's tensor there is a d
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,41 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from safetensors import safe_open
 from tqdm import tqdm
 
 from jax_bridge.dlpack import shards_from_torch
 from jax_bridge.models.qwen3_next import Qwen3Next
 from jax_bridge.parallel import Parallel
 from shared_config.checkpoint import FLOAT32_PARAMETERS, Piece, check_names, is_packed, plan_checkpoint
+from shared_config.checkpoint_files import CheckpointFiles
 from shared_config.model import Qwen3NextConfig
 
 # Gives a model's parameters, by name, over the mesh: one of this file's functions with its last arguments bound.
 Weights = Callable[[Qwen3Next, Parallel, jnp.dtype], dict[str, jax.Array]]
-
-
-class CheckpointFiles:
-    """The tensors of a folder's *.safetensors, single or sharded with an index, opened lazily."""
-
-    def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            names = sorted(path.name for path in folder.glob("*.safetensors"))
-        absent = [name for name in names if not (folder / name).exists()]
-        if absent or not names:
-            what = f"{index.name} lists {absent[0]}, which is missing" if absent else "no *.safetensors file"
-            raise FileNotFoundError(f"model={str(folder)!r}: {what}; give a complete checkpoint folder")
-        self._files: dict[str, Any] = {}
-        for name in names:
-            file = safe_open(folder / name, framework="np")
-            for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                self._files[key] = file
-        self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
-
-    def read(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
-        return self._files[name].get_slice(name)[box]
 
 
 def named_parameters(model: Qwen3Next) -> dict[str, nnx.Param]:
@@ -101,7 +76,7 @@ def load_checkpoint(
 
     Raises ValueError naming tensors that are missing, unexpected or misshapen.
     """
-    files = CheckpointFiles(folder)
+    files = CheckpointFiles(folder, "np")
     packed = is_packed(files.shapes)
     plans = [
         plan_checkpoint(config, attn_rank=rank, attn_size=parallel.mesh.size, packed=packed)

@@ -35,6 +35,15 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def engine_arguments(args: argparse.Namespace) -> list[str]:
+    """The command line that `add_engine_options` reads `args` from."""
+    flags = ("model", "tp", "device", "dtype", "fusion", "backend")
+    switches = ("allow_multicast", "deterministic")
+    return [f"--{name}={getattr(args, name)}" for name in flags] + [
+        f"--{name.replace('_', '-')}" for name in switches if getattr(args, name)
+    ]
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")

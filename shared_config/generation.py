@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from shared_config.results import Reductions, RequestOutput
 from shared_config.sampling import SamplingParams
 from shared_config.scheduler import Scheduler, Sequence, Step
+from shared_config.settings import EngineSettings
 
 
 @dataclass(frozen=True)
@@ -116,3 +117,24 @@ class Generation:
             output.finish_reason = "length"
         if output.finished:
             self.scheduler.finish(sequence)
+
+
+def load_tokenizer(file: str | None) -> Tokenizer | None:
+    """The tokenizer of a tokenizer.json, or None without a file."""
+    if file is None:
+        return None
+    from tokenizers import Tokenizer as HFTokenizer
+
+    return HFTokenizer.from_file(file)
+
+
+def make_scheduler(settings: EngineSettings, num_pages: int) -> Scheduler:
+    """The scheduler of an engine with these settings and `num_pages` KV pages."""
+    return Scheduler(
+        num_pages=num_pages,
+        page_size=settings.page_size,
+        num_slots=settings.max_num_seqs,
+        max_step_tokens=settings.max_step_tokens,
+        max_model_len=settings.max_model_len,
+        one_prefill_at_a_time=settings.deterministic,
+    )

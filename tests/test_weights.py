@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from core_torch import LLM, SamplingParams
 from core_torch.models.qwen3_next import Qwen3Next
-from core_torch.weights import CheckpointFiles
 from shared_config import Qwen3NextConfig
 from shared_config.checkpoint import CheckpointPlan, check_names, plan_checkpoint, vocab_share
+from shared_config.checkpoint_files import CheckpointFiles
 from tests.reference import make_model, save_model
 
 # Qwen3-Next-80B-A3B's config.json, the keys that decide shapes.
@@ -186,9 +186,9 @@ def test_absent_files_are_named(tmp_path: Path) -> None:
     folder = save_model(make_model("base"), tmp_path / "model", packed=True, shards=2)
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model-00002-of-00002"):
-        CheckpointFiles(folder)
+        CheckpointFiles(folder, "pt")
     with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors"):
-        CheckpointFiles(tmp_path)
+        CheckpointFiles(tmp_path, "np")
 
 
 def test_dummy_weights_need_no_files_and_keep_activations_alive(tmp_path: Path) -> None:
