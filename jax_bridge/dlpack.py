@@ -17,6 +17,7 @@ types would be narrowed by a copy while `jax_enable_x64` is off, which is an err
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -51,7 +52,9 @@ def from_torch(tensor: torch.Tensor) -> jax.Array:
         )
     _reject_narrowing(str(tensor.dtype).removeprefix("torch."))
     _reject_unknown_device(tensor.device.type)
-    return jax.dlpack.from_dlpack(tensor)
+    # torch exports only what lies on its current GPU.
+    with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+        return jax.dlpack.from_dlpack(tensor)
 
 
 def to_torch(array: jax.Array) -> torch.Tensor:
