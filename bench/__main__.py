@@ -1,28 +1,43 @@
-"""`python -m bench`: measure, write `result.json`, print tables and one JSON line."""
+"""`python -m bench`: measure, write `result.json` and plots, print tables and, last, one JSON line."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench.codec import from_plain, to_plain
-from bench.launch import PartError, run_part
-from bench.machine import Machine, git_revision, read_machine
+from bench.compare import compare_files
+from bench.launch import PartError
+from bench.machine import Machine, git_revision
+from bench.measuring import hf_json, measure_model, measure_op, model_config, probe_machine
+from bench.plots import draw
+from bench.presets import PRESETS
+from bench.readme import update_readme
 from bench.report import print_result, summary
-from bench.result import SCHEMA_VERSION, OpPart, OpRow, OpSpec, Result
+from bench.result import SCHEMA_VERSION, ModelSpec, OpSpec, Result
 
-TOKENS = {"cuda": (1, 8, 64, 512, 2048), "cpu": (1, 8, 64)}
-CALLS = {"cuda": 96, "cpu": 5}  # 96: the reductions of one step of Qwen3-Next-80B-A3B
-REPEATS = {"cuda": 20, "cpu": 5}
-PART_TIMEOUT_S = 300.0
+TINY = Path(__file__).parents[1] / "tests" / "data" / "tiny-qwen3-next"
+
+# What is measured unless it is asked for, by device.
+OP = {
+    "cuda": {"tokens": (1, 8, 64, 512, 2048), "calls": 96, "repeats": 20},  # 96: a step of Qwen3-Next-80B-A3B
+    "cpu": {"tokens": (1, 8, 64), "calls": 5, "repeats": 5},
+}
+MODEL = {
+    "cuda": {"batches": (1, 8, 32), "lengths": (1024,), "steps": 16, "repeats": 3, "chunk": 8192},
+    "cpu": {"batches": (1, 4), "lengths": (32,), "steps": 4, "repeats": 3, "chunk": 512},
+}
+ALL_LAYERS = 12  # of the preset in `all` on GPUs, so that every framework can run and compile it in minutes
+PAGE_SIZE = 16
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    values = tuple(int(part) for part in text.split(","))
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = ()
     if not values or min(values) < 1:
         raise argparse.ArgumentTypeError(f"expected positive numbers with commas between them, got {text!r}")
     return values
@@ -30,17 +45,18 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def frameworks(text: str) -> tuple[str, ...]:
     values = tuple(text.split(","))
-    unknown = set(values) - {"torch", "jax"}
-    if unknown:
-        raise argparse.ArgumentTypeError(f"expected torch, jax or both, got {text!r}")
+    if set(values) - {"torch", "jax", "transformers"}:
+        raise argparse.ArgumentTypeError(f"expected some of torch,jax,transformers, got {text!r}")
     return values
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--frameworks", type=frameworks, default=("torch", "jax"), metavar="torch,jax")
+    everything = ("torch", "jax", "transformers")
+    parser.add_argument("--frameworks", type=frameworks, default=everything, metavar=",".join(everything))
     parser.add_argument("--tp", type=int, default=2, metavar="N", help="tensor-parallel ranks (default 2)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--repeats", type=int, default=None, metavar="N", help="samples of each median")
     parser.add_argument("--out", type=Path, default=Path("build/bench"), metavar="DIR")
     parser.add_argument("--revision", default=None, help="of the sources, where they are no git checkout")
 
@@ -48,100 +64,132 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 def add_op(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=numbers, default=None, metavar="1,8,64")
     parser.add_argument("--hidden", type=int, default=2048, metavar="D")
-    parser.add_argument("--repeats", type=int, default=None, metavar="N", help="samples for each median")
 
 
-def probe_machine(args: argparse.Namespace) -> Machine:
-    spec = {"device": args.device, "dtype": args.dtype}
-    machine = read_machine(run_part("machine", spec, timeout_s=PART_TIMEOUT_S))
-    if machine.hardware.device == "cuda" and machine.hardware.num_gpus < args.tp:
-        raise ValueError(
-            f"--tp {args.tp} needs {args.tp} GPUs, this machine has {machine.hardware.num_gpus}; "
-            "use fewer ranks or --device cpu"
-        )
-    if args.device == "cuda" and machine.hardware.device == "cpu":
-        raise ValueError("--device cuda, but torch sees no GPU")
-    return machine
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, default=None, metavar="DIR", help="a checkpoint folder")
+    parser.add_argument("--preset", default=None, choices=sorted(PRESETS), help="a real model's shape")
+    parser.add_argument("--layers", type=int, default=None, metavar="N", help="of the preset, the first N")
+    parser.add_argument("--load-format", default=None, choices=("safetensors", "dummy"))
+    parser.add_argument("--batches", type=numbers, default=None, metavar="1,8,32")
+    parser.add_argument("--lengths", type=numbers, default=None, metavar="1024", help="of the prompts")
+    parser.add_argument("--decode-steps", type=int, default=None, metavar="N", help="in each repeat")
+    parser.add_argument("--chunk", type=int, default=None, metavar="N", help="prompt tokens in one pass")
 
 
-def measure_op(args: argparse.Namespace, machine: Machine) -> tuple[OpSpec, list[OpRow], dict[str, str]]:
-    """The spec, all frameworks' rows with their link floors, and the fusion decision of each."""
-    device = machine.hardware.device
-    spec = OpSpec(
-        frameworks=args.frameworks,
+def op_spec(args: argparse.Namespace, device: str) -> OpSpec:
+    defaults = OP[device]
+    return OpSpec(
+        frameworks=tuple(name for name in args.frameworks if name != "transformers"),
         tp=args.tp,
-        tokens=args.tokens or TOKENS[device],
+        tokens=args.tokens or defaults["tokens"],
         hidden_size=args.hidden,
         dtype=args.dtype,
         device=device,
-        calls=CALLS[device],
-        repeats=args.repeats or REPEATS[device],
+        calls=defaults["calls"],
+        repeats=args.repeats or defaults["repeats"],
     )
-    rows, decisions = [], {}
-    for framework in spec.frameworks:
-        part = from_plain(
-            OpPart,
-            run_part(
-                f"{framework}_op",
-                to_plain(spec),
-                world_size=spec.tp if framework == "torch" else 1,
-                timeout_s=PART_TIMEOUT_S,
-                env=part_environment(framework, device, spec.tp),
-            ),
-        )
-        rows += part.rows
-        decisions[framework] = part.decision
-    link = machine.rates.link_bytes_per_s
-    if link is not None:
-        rows = [replace(row, floor_us=row.wire_bytes / link * 1e6) for row in rows]
-    return spec, rows, decisions
 
 
-def part_environment(framework: str, device: str, tp: int) -> dict[str, str]:
-    """What a part's processes need beyond this one's environment."""
-    if device == "cpu":  # ranks and virtual devices share the cores instead of fighting for them
-        return {
-            "OMP_NUM_THREADS": "1",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={tp}",
-            "JAX_PLATFORMS": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-    # A kernel that is loaded on first use waits for the devices, and there a fused kernel waits for its peer.
-    return {"CUDA_MODULE_LOADING": "EAGER"} if framework == "jax" else {}
+def model_spec(args: argparse.Namespace, device: str) -> tuple[ModelSpec, str]:
+    """The spec, and the checkpoint's folder ("" for a preset)."""
+    model, preset, layers = args.model, args.preset, args.layers
+    if model is None and preset is None:  # something that every machine of its kind can run
+        if device == "cuda":
+            preset, layers = "80b", layers or ALL_LAYERS
+        else:
+            model = TINY
+    name, config = model_config(model, preset, layers)
+    load_format = args.load_format or ("safetensors" if model is not None else "dummy")
+    if load_format == "safetensors" and model is None:
+        raise ValueError("--preset has shapes only: use --load-format dummy, or --model with a checkpoint")
+    defaults = MODEL[device]
+    spec = ModelSpec(
+        frameworks=args.frameworks,
+        tp=args.tp,
+        name=name,
+        hf_config=hf_json(config),
+        load_format=load_format,
+        dtype=args.dtype,
+        device=device,
+        batches=args.batches or defaults["batches"],
+        lengths=args.lengths or defaults["lengths"],
+        decode_steps=args.decode_steps or defaults["steps"],
+        repeats=args.repeats or defaults["repeats"],
+        max_step_tokens=args.chunk or defaults["chunk"],
+        page_size=PAGE_SIZE,
+    )
+    return spec, "" if model is None else str(model)
 
 
 def run_bench(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
-    machine = probe_machine(args)
-    spec, rows, decisions = measure_op(args, machine)
+    machine: Machine = probe_machine(args.device, args.dtype, args.tp)
+    device = machine.hardware.device
+    op, model, op_rows, model_rows, notes = None, None, [], [], []
+    decisions: dict[str, str] = {}
+    if args.measures_op:
+        op = op_spec(args, device)
+        op_rows, decisions = measure_op(op, machine)
+    if args.measures_model:
+        model, folder = model_spec(args, device)
+        model_rows, more, notes = measure_model(model, folder, machine)
+        decisions |= more
     result = Result(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         revision=args.revision or git_revision(),
         machine=machine,
         decisions=decisions,
-        op_spec=spec,
-        op=tuple(rows),
+        notes=tuple(notes),
+        op_spec=op,
+        op=tuple(op_rows),
+        model_spec=model,
+        model=tuple(model_rows),
     )
-    file = args.out / "result.json"
-    result.save(file)
+    result.save(args.out / "result.json")
     print_result(result)
-    print(f"written: {file}")
+    for file in (args.out / "result.json", *draw(result, args.out)):
+        print(f"written: {file}")
     print(json.dumps(summary(result)))
     return 0
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    print(json.dumps(compare_files(args.before, args.after)))
+    return 0
+
+
+def run_readme(args: argparse.Namespace) -> int:
+    differs = update_readme(check=args.check)
+    if differs:
+        print("README.md is not what the results say" if args.check else "README.md: tables written")
+    return int(differs and args.check)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    op = commands.add_parser("op", help="the fused op against its alternatives, by number of tokens")
-    add_common(op)
-    add_op(op)
-    op.set_defaults(run=run_bench)
+    for name, adders, help_text in (
+        ("op", (add_op,), "the fused op against its alternatives, by number of tokens"),
+        ("model", (add_model,), "prefill and decode, fused and not, in all frameworks, beside the roofline"),
+        ("all", (add_op, add_model), "both"),
+    ):
+        command = commands.add_parser(name, help=help_text)
+        for add in (add_common, *adders):
+            add(command)
+        command.set_defaults(run=run_bench, measures_op=add_op in adders, measures_model=add_model in adders)
+    compare = commands.add_parser("compare", help="what changed between two results, beyond their spread")
+    compare.add_argument("before", type=Path, metavar="A.json")
+    compare.add_argument("after", type=Path, metavar="B.json")
+    compare.set_defaults(run=run_compare)
+    readme = commands.add_parser("readme", help="write README's tables from the committed results")
+    readme.add_argument("--check", action="store_true", help="only say whether they are up to date")
+    readme.set_defaults(run=run_readme)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except (PartError, ValueError) as error:
+    except (PartError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

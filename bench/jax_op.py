@@ -1,14 +1,16 @@
 """The reduction in JAX, every way to run it: one process, one device for each rank, a chain of calls in one program.
 
-As in `torch_op.py` each call reduces what the call before it returned, and the residuals rotate. A sample runs the
-compiled chain several times, each on the result of the one before: while the devices work on one, Python has queued
-the next, so dispatch is not what is timed. Shapes: T tokens, D hidden, R ranks.
+As in `torch_op.py` each call reduces what the call before it returned, and the residuals rotate. On GPUs the time of a
+short chain is taken off the time of a long one, which leaves out what a program costs to start; executions run one
+at a time, because XLA records its CUDA graph again for results at new addresses. Shapes: T tokens, D hidden, R ranks.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +33,11 @@ from shared_config import ParallelLayout, probe_flashinfer, probe_hardware, reso
 EPS = 1e-6
 WEIGHT_BIAS = 1.0
 TRANSPORTS = {"cuda": ("ffi", "cupy"), "cpu": ("ffi",)}
-EXECUTIONS = {"cuda": 8, "cpu": 1}  # on CPU only one program may run at a time
+# Calls in the long chain, by device and whether it is XLA's own way (slower to compile, and to run).
+CALLS = {("cuda", False): 512, ("cuda", True): 128, ("cpu", False): 16, ("cpu", True): 16}
+SHORT = {"cuda": 8, "cpu": 0}  # on CPU a program's start is lost in the noise
+BLOCK = 8  # calls that are traced once
+WARMUPS = 3
 TOLERANCE = {"bfloat16": 4e-2, "float16": 5e-3, "float32": 2e-5}
 
 # op(partial [T, D], residual [T, D], weight [D]) -> (residual, normed), inside shard_map
@@ -112,60 +118,89 @@ def make_inputs(spec: OpSpec, num_tokens: int, mesh: Mesh) -> Inputs:
 
 
 class Chain:
-    """`calls` calls of one op as one compiled program, checked before it is timed."""
+    """Chains of one op, compiled in two lengths, checked before they are timed."""
 
-    def __init__(self, name: str, op: Op, spec: OpSpec, inputs: Inputs, mesh: Mesh) -> None:
-        self._inputs, self._spec = inputs, spec
-        spread = P("tp")
+    def __init__(self, name: str, op: Op, spec: OpSpec, inputs: Inputs, mesh: Mesh, pool: Executor) -> None:
+        self._name, self._op, self._spec, self._inputs, self._mesh = name, op, spec, inputs, mesh
+        self.calls, self._short = CALLS[spec.device, name == "psum_norm"], SHORT[spec.device]
+        self._compiled = {count: pool.submit(self._compile, count) for count in (self.calls, self._short)}
+
+    def _program(self, count: int) -> Any:
+        """A function of the inputs: `count` calls -> (the last outputs, those of call 0)."""
+
+        @jax.jit  # traced once for all blocks
+        def block(partial: jax.Array, residuals: tuple[jax.Array, ...], weight: jax.Array) -> Any:
+            outputs = [self._op(partial, residuals[0], weight)]
+            for residual in residuals[1:]:
+                outputs.append(self._op(outputs[-1][1], residual, weight))
+            return outputs[-1], outputs[0]
 
         def chain(partial: jax.Array, residuals: tuple[jax.Array, ...], weight: jax.Array) -> Any:
-            first = residual, normed = op(partial, residuals[0], weight)
-            for number in range(1, spec.calls):
-                residual, normed = op(normed, residuals[number % len(residuals)], weight)
-            return normed, residual, first
+            last, first = None, None
+            for start in range(0, count, BLOCK):
+                mine = [
+                    residuals[number % len(residuals)] for number in range(start, min(start + BLOCK, count))
+                ]
+                last, opening = block(partial if last is None else last[1], tuple(mine), weight)
+                first = opening if first is None else first
+            return last, first
 
-        traced = jax.shard_map(
+        spread = P("tp")
+        return jax.shard_map(
             chain,
-            mesh=mesh,
+            mesh=self._mesh,
             in_specs=(spread, P(), P()),
-            out_specs=(spread, spread, (spread, spread)),
+            out_specs=((spread, spread), (spread, spread)),
             check_vma=False,
         )
-        self.counts = self._count(name, traced)
-        self._step = jax.jit(traced)
-        first = self._step(inputs.partial, inputs.residuals, inputs.weight)[2]
-        self.max_error = _check(name, first, inputs.expected, spec)
-        self.sample_us()  # the first runs in a row settle buffers and graphs
 
-    def _count(self, name: str, traced: Callable[..., Any]) -> ReductionCounts:
-        if name == "psum_norm":
-            return ReductionCounts(unfused=self._spec.calls)
-        inputs = self._inputs
-        report = jax_bridge.explain(traced, inputs.partial, inputs.residuals, inputs.weight)
-        if report.counts.fused != self._spec.calls:
-            raise RuntimeError(f"the column {name} is not fused:\n{report}")
-        return report.counts
+    @property
+    def _operands(self) -> tuple[Any, ...]:
+        return self._inputs.partial, self._inputs.residuals, self._inputs.weight
+
+    def _compile(self, count: int) -> Any:
+        return jax.jit(self._program(count)).lower(*self._operands).compile() if count else None
+
+    def prepare(self) -> float:
+        """Compiles, checks and warms up -> the largest error of call 0. RuntimeError where it must not be timed."""
+        self.counts = ReductionCounts(unfused=self.calls)
+        if self._name != "psum_norm":
+            report = jax_bridge.explain(self._program(self.calls), *self._operands)
+            self.counts = report.counts
+            if self.counts.fused != self.calls:
+                raise RuntimeError(f"the column {self._name} is not fused:\n{report}")
+        error = _check(self._name, self._run(self.calls)[1], self._inputs.expected, self._spec)
+        for count in (self.calls, self._short) * WARMUPS:
+            self._run(count)
+        self._start_us = statistics.median(self._time_us(self._short) for _ in range(self._spec.repeats))
+        return error
+
+    def _run(self, count: int) -> Any:
+        program = self._compiled[count].result()
+        return jax.block_until_ready(program(*self._operands)) if program else None
+
+    def _time_us(self, count: int) -> float:
+        start = time.perf_counter()
+        self._run(count)
+        return (time.perf_counter() - start) * 1e6
 
     def sample_us(self) -> float:
-        """Microseconds a call, over `EXECUTIONS` runs of the program in a row."""
-        executions = EXECUTIONS[self._spec.device]
-        partial = self._inputs.partial
-        start = time.perf_counter()
-        for _ in range(executions):
-            partial = self._step(partial, self._inputs.residuals, self._inputs.weight)[0]
-        partial.block_until_ready()
-        return (time.perf_counter() - start) * 1e6 / (executions * self._spec.calls)
+        """Microseconds a call."""
+        return (self._time_us(self.calls) - (self._start_us if self._short else 0)) / (
+            self.calls - self._short
+        )
 
 
 def measure_size(spec: OpSpec, num_tokens: int, mesh: Mesh, ops: dict[str, Op]) -> list[OpRow]:
     """All ops at one size, in turn, so that a drift of the clock meets all of them alike."""
     inputs = make_inputs(spec, num_tokens, mesh)
-    chains = {name: Chain(name, op, spec, inputs, mesh) for name, op in ops.items()}
+    with ThreadPoolExecutor() as pool:
+        chains = {name: Chain(name, op, spec, inputs, mesh, pool) for name, op in ops.items()}
+    errors = {name: chain.prepare() for name, chain in chains.items()}
     samples: dict[str, list[float]] = {name: [] for name in chains}
     for _ in range(spec.repeats):
         for name, chain in chains.items():
             samples[name].append(chain.sample_us())
-    runs = spec.repeats * EXECUTIONS[spec.device]
     return [
         OpRow(
             framework="jax",
@@ -174,9 +209,9 @@ def measure_size(spec: OpSpec, num_tokens: int, mesh: Mesh, ops: dict[str, Op]) 
             timing=summarize(samples[name]),
             wire_bytes=spec.wire_bytes(num_tokens),
             floor_us=None,
-            max_error=chain.max_error,
-            fused=chain.counts.fused * runs,
-            unfused=chain.counts.unfused * runs,
+            max_error=errors[name],
+            fused=chain.counts.fused * spec.repeats,
+            unfused=chain.counts.unfused * spec.repeats,
         )
         for name, chain in chains.items()
     ]

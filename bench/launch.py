@@ -26,9 +26,9 @@ class PartError(RuntimeError):
 
 
 def run_part(
-    name: str, spec: Any, *, world_size: int = 1, timeout_s: float, env: dict[str, str] | None = None
+    module: str, spec: Any, *, world_size: int = 1, timeout_s: float, env: dict[str, str] | None = None
 ) -> Any:
-    """`run(spec)` of `bench.<name>` on `world_size` ranks; returns what rank 0 returned (plain JSON values).
+    """`run(spec)` of `module` on `world_size` ranks; returns what rank 0 returned (plain JSON values).
 
     Ranks find each other by torch's environment variables. Raises PartError within `timeout_s`.
     """
@@ -40,9 +40,9 @@ def run_part(
         ranks = []
         try:
             for rank, answer in enumerate(answers):
-                command = [sys.executable, "-m", "bench.part", name, str(spec_file), str(answer)]
+                command = [sys.executable, "-m", "bench.part", module, str(spec_file), str(answer)]
                 ranks.append(subprocess.Popen(command, env=_environment(rank, world_size, port, env)))
-            _wait(name, ranks, answers, timeout_s)
+            _wait(module, ranks, answers, timeout_s)
         finally:
             for process in ranks:
                 if process.poll() is None:
@@ -63,7 +63,7 @@ def _environment(rank: int, world_size: int, port: int, extra: dict[str, str] | 
     }
 
 
-def _wait(name: str, ranks: list[subprocess.Popen[bytes]], answers: list[Path], timeout_s: float) -> None:
+def _wait(module: str, ranks: list[subprocess.Popen[bytes]], answers: list[Path], timeout_s: float) -> None:
     """Returns when all ranks have ended well, raises PartError otherwise."""
     deadline = time.monotonic() + timeout_s
     failed_at: float | None = None
@@ -75,7 +75,7 @@ def _wait(name: str, ranks: list[subprocess.Popen[bytes]], answers: list[Path], 
                 break
         elif now > deadline:
             late = [rank for rank, process in enumerate(ranks) if process.poll() is None]
-            raise PartError(f"{name}: ranks {late} gave no answer in {timeout_s:g} s")
+            raise PartError(f"{module}: ranks {late} gave no answer in {timeout_s:g} s")
         time.sleep(POLL_S)
     failures = [
         f"rank {rank}: {_reason(process, answer)}"
@@ -83,7 +83,7 @@ def _wait(name: str, ranks: list[subprocess.Popen[bytes]], answers: list[Path], 
         if process.poll()
     ]
     if failures:
-        raise PartError(f"{name}: " + "\n".join(failures))
+        raise PartError(f"{module}: " + "\n".join(failures))
 
 
 def _reason(process: subprocess.Popen[bytes], answer: Path) -> str:

@@ -9,7 +9,7 @@ import subprocess
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench.codec import from_plain, to_plain
+from bench.codec import to_plain
 from shared_config import HardwareInfo, probe_flashinfer, probe_hardware
 
 PACKAGES = (
@@ -65,6 +65,7 @@ class Machine:
     hardware: HardwareInfo
     cpu: str
     cores: int
+    memory_bytes: int  # of one device
     python: str
     versions: dict[str, str]
     flags: dict[str, str]
@@ -100,6 +101,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
             hardware=hardware,
             cpu=platform.machine(),
             cores=os.cpu_count() or 1,
+            memory_bytes=rates.memory_bytes(device),
             python=platform.python_version(),
             versions=versions,
             flags={name: os.environ[name] for name in FLAGS if name in os.environ},
@@ -116,10 +118,6 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def read_machine(plain: Any) -> Machine:
-    return from_plain(Machine, plain)
 
 
 def git_revision() -> str:

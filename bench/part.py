@@ -1,4 +1,4 @@
-"""One rank of one part: `python -m bench.part NAME SPEC.json ANSWER.json`, started by `launch.run_part`."""
+"""One rank of one part: `python -m bench.part MODULE SPEC.json ANSWER.json`, started by `launch.run_part`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import traceback
 from pathlib import Path
 
 
-def main(name: str, spec_file: str, answer_file: str) -> int:
+def main(module: str, spec_file: str, answer_file: str) -> int:
     spec = json.loads(Path(spec_file).read_text())
     try:
-        answer = {"result": importlib.import_module(f"bench.{name}").run(spec)}
+        answer = {"result": importlib.import_module(module).run(spec)}
     except Exception:  # told to the parent, which raises it
         answer = {"error": traceback.format_exc()}
     Path(answer_file).write_text(json.dumps(answer))

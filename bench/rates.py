@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -49,6 +50,13 @@ def link_bytes_per_s() -> float | None:
     if any(bool((arrival != i).any()) for i, arrival in enumerate(arrivals)):
         raise RuntimeError("a copy between GPUs 0 and 1 brought wrong data")
     return LINK_BYTES / seconds
+
+
+def memory_bytes(device: str) -> int:
+    """Of the first GPU, or of the machine."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def cache_bytes(device: str) -> int:

@@ -1,56 +1,69 @@
-"""Results as tables to read in a terminal or a README."""
+"""Results as tables to read in a terminal or a README, and as one line of JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.result import METHODS, OpRow, Result
+from bench.result import METHODS, ModelRow, OpRow, Result
 from bench.stats import Timing
 
-Cells = list[list[str]]
+FRAMEWORKS = ("torch", "jax", "transformers")
+UNFUSED = ("allreduce_norm", "unfused")  # torch's ways to the fused op's result without it
 LOG_WIDTH = 200
 
+TableCells = tuple[list[str], list[list[str]]]  # headings, lines
 
-def op_table(rows: Sequence[OpRow]) -> tuple[list[str], Cells]:
-    """Headings and cells: a line per number of tokens, a column per method in microseconds, floor and gain last."""
-    columns = [
-        (f, m)
-        for f in ("torch", "jax")
-        for m in METHODS
-        if any((r.framework, r.method) == (f, m) for r in rows)
-    ]
-    found = {(r.framework, r.method, r.num_tokens): r for r in rows}
-    cells = []
-    for num_tokens in sorted({r.num_tokens for r in rows}):
+
+def op_columns(rows: Sequence[OpRow]) -> list[tuple[str, str]]:
+    """The (framework, method) pairs that were measured, in order."""
+    found = {(row.framework, row.method) for row in rows}
+    return [(f, m) for f in FRAMEWORKS for m in METHODS if (f, m) in found]
+
+
+def op_table(rows: Sequence[OpRow]) -> TableCells:
+    """A line per number of tokens, a column per method in microseconds, then the link's floor and the gain."""
+    headings, lines = _op_lines(rows, lambda row: _us(row.timing))
+    floors = {row.num_tokens: row.floor_us for row in rows}
+    for line in lines:
+        num_tokens = int(line[0])
+        floor, gain = floors[num_tokens], op_gain(rows, num_tokens)
+        line += ["-" if floor is None else f"{floor:.1f}", "-" if gain is None else f"{gain:.2f}x"]
+    return [*headings, "link\nfloor", "gain"], lines
+
+
+def op_rate_table(rows: Sequence[OpRow]) -> TableCells:
+    """The same in gigabytes per second that each rank sends at least; the link's measured rate is the limit."""
+    return _op_lines(rows, lambda row: f"{row.wire_bytes / row.timing.median_us / 1e3:.2f}")
+
+
+def _op_lines(rows: Sequence[OpRow], cell: Callable[[OpRow], str]) -> TableCells:
+    columns = op_columns(rows)
+    found = {(row.framework, row.method, row.num_tokens): row for row in rows}
+    lines = []
+    for num_tokens in sorted({row.num_tokens for row in rows}):
         here = [found.get((*column, num_tokens)) for column in columns]
-        floor = next((r.floor_us for r in here if r is not None), None)
-        cells.append(
-            [
-                str(num_tokens),
-                *("-" if r is None else _us(r.timing) for r in here),
-                "-" if floor is None else f"{floor:.1f}",
-                _gain(rows, num_tokens),
-            ]
-        )
-    return ["tokens", *(f"{f}\n{METHODS[m][0]}" for f, m in columns), "link\nfloor", "gain"], cells
+        lines.append([str(num_tokens), *("-" if row is None else cell(row) for row in here)])
+    return ["tokens", *(f"{f}\n{METHODS[m][0]}" for f, m in columns)], lines
 
 
 def op_gain(rows: Sequence[OpRow], num_tokens: int) -> float | None:
-    """How much faster torch's fused op is than the fastest unfused way that gives the same result."""
+    """How much faster torch's fused op is than the fastest unfused way to the same result."""
     times = {
-        r.method: r.timing.median_us for r in rows if r.num_tokens == num_tokens and r.framework == "torch"
+        row.method: row.timing.median_us
+        for row in rows
+        if row.num_tokens == num_tokens and row.framework == "torch"
     }
-    others = [times[m] for m in ("allreduce_norm", "unfused") if m in times]
+    others = [times[method] for method in UNFUSED if method in times]
     return min(others) / times["fused"] if "fused" in times and others else None
 
 
 def crossing(rows: Sequence[OpRow]) -> int | None:
     """The most tokens up to which, at every measured size, the fused op is at least as fast; None if never."""
     best = None
-    for num_tokens in sorted({r.num_tokens for r in rows}):
+    for num_tokens in sorted({row.num_tokens for row in rows}):
         gain = op_gain(rows, num_tokens)
         if gain is None or gain < 1:
             break
@@ -58,62 +71,129 @@ def crossing(rows: Sequence[OpRow]) -> int | None:
     return best
 
 
-def _gain(rows: Sequence[OpRow], num_tokens: int) -> str:
-    gain = op_gain(rows, num_tokens)
-    return "-" if gain is None else f"{gain:.2f}x"
+def model_table(rows: Sequence[ModelRow], phase: str) -> TableCells:
+    """A line per cell, framework and fusion. `of floor`: how many times the floor a step takes."""
+    headings = [
+        "batch",
+        "prompt",
+        "",
+        "fusion",
+        "ms",
+        "tokens/s",
+        "floor ms",
+        "of floor",
+        "experts",
+        "comm.",
+        "fused",
+    ]
+    lines = []
+    order = [(f, m) for f in FRAMEWORKS for m in ("on", "off", "none")]
+    found = [row for row in rows if row.phase == phase]
+    for row in sorted(found, key=lambda r: (r.length, r.batch, order.index((r.framework, r.fusion)))):
+        floor, share = row.floor_us, row.communication_share
+        reductions = row.fused + row.unfused
+        lines.append(
+            [
+                str(row.batch),
+                str(row.length),
+                row.framework,
+                row.fusion,
+                _ms(row.timing),
+                f"{row.tokens_per_s:,.0f}",
+                "-" if floor is None else f"{floor / 1e3:.2f}",
+                "-" if floor is None else f"{row.timing.median_us / floor:.1f}x",
+                f"{row.distinct_experts:.0f}",
+                "-" if share is None else f"{share:.0%}",
+                "-" if not reductions else f"{row.fused}/{reductions}",
+            ]
+        )
+    return headings, lines
+
+
+def model_gain(rows: Sequence[ModelRow], framework: str, phase: str, batch: int, length: int) -> float | None:
+    """Time without fusion over time with it."""
+    times = {
+        row.fusion: row.timing.median_us
+        for row in rows
+        if (row.framework, row.phase, row.batch, row.length) == (framework, phase, batch, length)
+    }
+    return times["off"] / times["on"] if {"on", "off"} <= times.keys() else None
+
+
+def _spread(timing: Timing) -> float:
+    """The wider half."""
+    return max(timing.high_us - timing.median_us, timing.median_us - timing.low_us)
 
 
 def _us(timing: Timing) -> str:
-    """The median, with the wider half of its spread."""
-    spread = max(timing.high_us - timing.median_us, timing.median_us - timing.low_us)
     digits = 0 if timing.median_us >= 1000 else 1
-    return f"{timing.median_us:.{digits}f} ± {spread:.{digits}f}"
+    return f"{timing.median_us:.{digits}f} ± {_spread(timing):.{digits}f}"
 
 
-def print_table(title: str, headings: Sequence[str], cells: Cells) -> None:
-    table = Table(title=title, title_justify="left", show_edge=False)
+def _ms(timing: Timing) -> str:
+    digits = 1 if timing.median_us >= 100_000 else 2
+    return f"{timing.median_us / 1e3:.{digits}f} ± {_spread(timing) / 1e3:.{digits}f}"
+
+
+def op_title(result: Result) -> str:
+    spec = result.op_spec
+    assert spec is not None
+    return f"all-reduce + add + norm, hidden {spec.hidden_size}, {spec.dtype}, TP {spec.tp}, {result.machine.label}"
+
+
+def model_title(result: Result, phase: str) -> str:
+    spec = result.model_spec
+    assert spec is not None
+    weights = ", random weights" if spec.load_format == "dummy" else ""
+    what = {"prefill": "prefill to the first token", "decode": "a decode step"}[phase]
+    return f"{what}: {spec.name}{weights}, {spec.dtype}, TP {spec.tp}, {result.machine.label}"
+
+
+def print_table(title: str, table: TableCells) -> None:
+    headings, lines = table
+    drawn = Table(title=title, title_justify="left", show_edge=False)
     for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for line in cells:
-        table.add_row(*line)
+        drawn.add_column(heading, justify="right", no_wrap=True)
+    for line in lines:
+        drawn.add_row(*line)
     console = Console()
     # A log is as wide as it has to be; only a terminal has an end.
-    Console(width=None if console.is_terminal else LOG_WIDTH).print(table)
+    Console(width=None if console.is_terminal else LOG_WIDTH).print(drawn)
 
 
 def print_result(result: Result) -> None:
-    machine = result.machine
-    rates = machine.rates
+    rates = result.machine.rates
     link = "none" if rates.link_bytes_per_s is None else f"{rates.link_bytes_per_s / 1e9:.0f} GB/s each way"
     print(
-        f"{machine.label}: memory {rates.memory_bytes_per_s / 1e9:.0f} GB/s, "
+        f"{result.machine.label}: memory {rates.memory_bytes_per_s / 1e9:.0f} GB/s, "
         f"products {rates.flops_per_s / 1e12:.3g} TFLOP/s, link {link} (measured)"
     )
-    if result.op and result.op_spec is not None:
-        spec = result.op_spec
-        title = f"all-reduce + add + norm, hidden {spec.hidden_size}, {spec.dtype}, TP {spec.tp}: microseconds a call"
-        print_table(title, *op_table(result.op))
+    if result.op:
+        print_table(f"{op_title(result)}: microseconds a call", op_table(result.op))
+        print_table("the same in GB/s that each rank sends", op_rate_table(result.op))
         crossed = crossing(result.op)
-        print(
-            f"fused is at least as fast at every size up to {crossed} tokens"
-            if crossed
-            else "fused is never faster"
-        )
+        faster = f"at every size up to {crossed} tokens" if crossed else "at no size from the smallest on"
+        print(f"torch: fused is at least as fast as the fastest unfused way {faster}")
+    for phase in ("prefill", "decode"):
+        if any(row.phase == phase for row in result.model):
+            print_table(model_title(result, phase), model_table(result.model, phase))
+    for note in result.notes:
+        print(f"note: {note}")
 
 
 def summary(result: Result) -> dict[str, object]:
-    """The one JSON line: what a script or a reader of logs wants first."""
-    sizes = sorted({r.num_tokens for r in result.op})
-    return {
-        "device": result.machine.label,
-        "revision": result.revision,
-        "op_gain_by_tokens": {
-            n: round(gain, 3) for n in sizes if (gain := op_gain(result.op, n)) is not None
-        },
-        "op_fused_us_by_tokens": {
-            r.num_tokens: round(r.timing.median_us, 2)
-            for r in result.op
-            if (r.framework, r.method) == ("torch", "fused")
-        },
-        "op_faster_up_to_tokens": crossing(result.op),
-    }
+    """The one JSON line: what a script or a reader of logs wants first. Units are in the keys."""
+    sizes = sorted({row.num_tokens for row in result.op})
+    fused = [row for row in result.op if (row.framework, row.method) == ("torch", "fused")]
+    line: dict[str, object] = {"device": result.machine.label, "revision": result.revision}
+    if result.op:
+        line |= {
+            "op_fused_us_by_tokens": {row.num_tokens: round(row.timing.median_us, 2) for row in fused},
+            "op_gain_by_tokens": {
+                n: round(gain, 3) for n in sizes if (gain := op_gain(result.op, n)) is not None
+            },
+            "op_faster_up_to_tokens": crossing(result.op),
+        }
+    for row in result.model:
+        line[f"{row.key.replace(', ', ' ')}: ms"] = round(row.timing.median_us / 1e3, 3)
+    return line

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.codec import from_plain, to_plain
 from bench.machine import Machine
 from bench.stats import Timing
-from shared_config import FusionRequest, ModelFacts
+from shared_config import FusionRequest, ModelFacts, Qwen3NextConfig
 from shared_config.model import DTYPE_BYTES
+from shared_config.settings import EngineSettings
 
 SCHEMA_VERSION = 1
 
@@ -46,7 +47,7 @@ METHODS = {
     "fused_twoshot": ("two-shot", "the same kernel, two-shot forced"),
     "allreduce_norm": ("all-reduce + norm", "all-reduce, then one kernel for residual add and norm"),
     "unfused": ("engine unfused", "the engine's own path without the fused op"),
-    "allreduce": ("all-reduce alone", "the sum alone, without add and norm"),
+    "allreduce": ("all-reduce alone", "the sum alone (one after another, NCCL's may wait longer)"),
     "fused_ffi": ("fused, C++", "the fused op through the C++ custom call"),
     "fused_cupy": ("fused, CuPy", "the fused op through CuPy and buffer_callback"),
     "psum_norm": ("psum + norm", "psum, add and norm as XLA compiles them"),
@@ -101,16 +102,112 @@ class OpPart:
 
 
 @dataclass(frozen=True)
+class ModelSpec:
+    """What `model` measures. `name` is the preset or the checkpoint folder's name, `hf_config` its config as JSON.
+
+    A cell of the grid is a batch of prompts of one length: prefilled `repeats` times, then decoded `repeats` times
+    for `decode_steps` steps, with fusion and without in turn; as many more are counted and profiled.
+    """
+
+    frameworks: tuple[str, ...]
+    tp: int
+    name: str
+    hf_config: str
+    load_format: str
+    dtype: str
+    device: str
+    batches: tuple[int, ...]
+    lengths: tuple[int, ...]
+    decode_steps: int
+    repeats: int
+    max_step_tokens: int
+    page_size: int
+
+    @property
+    def config(self) -> Qwen3NextConfig:
+        return replace(Qwen3NextConfig.from_hf(json.loads(self.hf_config)), dtype=self.dtype)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def steps_per_cell(self) -> int:
+        """Decode steps that a sequence of one cell may see: in two modes a warm-up, the repeats and a profile, once
+        a count of experts."""
+        return 1 + (2 * (2 + self.repeats) + 1) * self.decode_steps
+
+    def settings(self, folder: str) -> EngineSettings:
+        return EngineSettings(
+            folder,
+            dtype=self.dtype,
+            max_num_seqs=max(self.batches),
+            max_model_len=max(self.lengths) + self.steps_per_cell,
+            max_step_tokens=self.max_step_tokens,
+            page_size=self.page_size,
+            load_format=self.load_format,
+        )
+
+    def fusion_request(self) -> FusionRequest:
+        """Fusion demanded, with the limit that a user gets: a run that cannot fuse is an error, not a number."""
+        if self.tp == 1:
+            return FusionRequest(mode="off")
+        return FusionRequest(mode="on", backend="trtllm" if self.device == "cuda" else "reference")
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One phase of one cell. `timing` is a whole prefill until every sequence's first token ("prefill"), or one step
+    ("decode"); `length` is of the prompts.
+
+    `fusion`: "on", "off", or "none" where one rank has nothing to reduce. `distinct_experts`: mean over MoE layers
+    of how many were touched, by a decode step or by the whole prefill. `fused` and `unfused`: norm reductions of one
+    prefill, or of one round of decode steps. `communication_share`: see `trace.py`.
+    """
+
+    framework: str
+    phase: str
+    fusion: str
+    batch: int
+    length: int
+    timing: Timing
+    tokens_per_s: float
+    distinct_experts: float
+    floor_us: float | None
+    communication_share: float | None
+    fused: int
+    unfused: int
+
+    @property
+    def key(self) -> str:
+        return (
+            f"{self.phase} {self.framework}, fusion {self.fusion}, batch {self.batch}, "
+            f"{self.length} prompt tokens"
+        )
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """What one framework's part of `model` returns; `decision` is "" where nothing was decided."""
+
+    rows: tuple[ModelRow, ...]
+    decision: str
+
+
+@dataclass(frozen=True)
 class Result:
-    """`decisions` by framework, as `FusionDecision.to_json`; `created` is UTC."""
+    """`decisions` by part ("torch op"), as `FusionDecision.to_json`; `created` is UTC; `notes` say what is missing."""
 
     schema_version: int
     created: str
     revision: str
     machine: Machine
     decisions: dict[str, str]
+    notes: tuple[str, ...]
     op_spec: OpSpec | None
     op: tuple[OpRow, ...]
+    model_spec: ModelSpec | None
+    model: tuple[ModelRow, ...]
 
     def save(self, file: Path) -> None:
         file.write_text(json.dumps(to_plain(self), indent=1) + "\n")
