@@ -23,7 +23,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m core_torch generate --model $(MODEL) --tp 2 --max-tokens 96 --prompt "$(PROMPT)"
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(BIN)/python -m pytest -q -m "not gpu" -n 2
 
 gpu-test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m gpu

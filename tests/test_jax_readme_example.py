@@ -21,6 +21,11 @@ def example() -> str:
     return textwrap.dedent(next(block for block in blocks if block.startswith("    ")))
 
 
+def test_the_readme_shows_it() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert textwrap.indent(example(), "    ") in readme
+
+
 def test_it_is_short() -> None:
     assert len(example().splitlines()) <= 12
 
