@@ -1,0 +1,79 @@
+// TVM-FFI: moe_group(experts, tiles, num_experts, launch_with_pdl)
+//          moe_decode(x, weights, experts, tiles, gate_up, down, hidden, parts, out, launch_with_pdl)
+//
+// `moe_group` writes the list of tiles that `moe_decode` works through; tiles int32 [T K + 1, 16], hidden bfloat16
+// [T K, I] and parts float32 [T K, D] are scratch. On TVM-FFI's current stream; nothing is allocated.
+
+#include "host.cuh"
+#include "moe_decode.cuh"
+
+namespace crossfuse::moe {
+
+Group grouping(TensorView experts, TensorView tiles, int64_t num_experts) {
+  check_dense(experts, "experts", {-1, -1});
+  check_index(experts, "experts");
+  const int64_t pairs = experts.size(0) * experts.size(1);
+  check_dense(tiles, "tiles", {pairs + 1, kRecord});
+  check_dtype(tiles, "tiles", kInt32);
+  if (num_experts < 1 || num_experts > kMaxExperts) {
+    TVM_FFI_THROW(ValueError) << "num_experts must be 1 to " << kMaxExperts << ", got " << num_experts;
+  }
+  check_devices({experts, tiles});
+  return {experts.data_ptr(), is(experts, kInt64), data<int32_t>(tiles), static_cast<int>(pairs),
+          static_cast<int>(num_experts)};
+}
+
+void run_group(TensorView experts, TensorView tiles, int64_t num_experts, bool launch_with_pdl) {
+  const Group params = grouping(experts, tiles, num_experts);
+  tvm::ffi::CUDADeviceGuard guard(experts.device().device_id);
+  launch({dim3(1), dim3(kGroupThreads), current_stream(experts), launch_with_pdl}, group, params);
+}
+
+void run_experts(TensorView x, TensorView weights, TensorView experts, TensorView tiles, TensorView gate_up_weight,
+                 TensorView down_weight, TensorView hidden, TensorView parts, TensorView out, bool launch_with_pdl) {
+  check_dense(down_weight, "down", {-1, -1, -1});
+  const int64_t T = experts.size(0), K = experts.size(1);
+  const int64_t N = down_weight.size(0), D = down_weight.size(1), I = down_weight.size(2);
+  const Group routing = grouping(experts, tiles, N);
+  if (D % 8 != 0 || I % 8 != 0) {
+    TVM_FFI_THROW(ValueError) << "hidden size and intermediate size must be multiples of 8, got " << D << " and " << I;
+  }
+  check_rows(x, "x", {T, D});
+  check_dense(weights, "weights", {T, K});
+  check_dense(gate_up_weight, "gate_up", {N, 2 * I, D});
+  check_dense(hidden, "hidden", {T * K, I});
+  check_dense(parts, "parts", {T * K, D});
+  check_dense(out, "out", {T, D});
+  check_dtype(x, "x", kBFloat16);
+  check_dtype(weights, "weights", kBFloat16);
+  check_dtype(gate_up_weight, "gate_up", kBFloat16);
+  check_dtype(down_weight, "down", kBFloat16);
+  check_dtype(hidden, "hidden", kBFloat16);
+  check_dtype(parts, "parts", kFloat32);
+  check_dtype(out, "out", kBFloat16);
+  check_devices({x, weights, experts, gate_up_weight, down_weight, hidden, parts, out});
+  if (x.stride(0) % 8 != 0) TVM_FFI_THROW(ValueError) << "x's rows must begin at multiples of 16 bytes";
+  if (T == 0) return;
+
+  const Experts params{data<bf16>(x), data<bf16>(gate_up_weight), data<bf16>(down_weight), data<int32_t>(tiles),
+                       data<bf16>(hidden), data<float>(parts), x.stride(0), static_cast<int>(D), static_cast<int>(I),
+                       static_cast<int>(K)};
+  const Combine last{routing, data<float>(parts), data<bf16>(weights), data<bf16>(out), static_cast<int>(D),
+                     static_cast<int>(K)};
+  tvm::ffi::CUDADeviceGuard guard(x.device().device_id);
+  const cudaStream_t stream = current_stream(x);
+  const unsigned resident = static_cast<unsigned>(num_multiprocessors(x)) * kBlocks;
+  const auto blocks = [&](int64_t most) { return dim3(static_cast<unsigned>(std::min<int64_t>(most, resident))); };
+  const dim3 block(kWarps * kWarp);
+  launch({blocks(T * K * (I / 8)), block, stream, launch_with_pdl}, gate_up, params);
+  launch({blocks(T * K * ((D + 63) / 64)), block, stream, launch_with_pdl}, down, params);
+  constexpr unsigned kColumns = 128 * 4;
+  launch({dim3(static_cast<unsigned>(D + kColumns - 1) / kColumns, static_cast<unsigned>(T)), dim3(128), stream,
+          launch_with_pdl},
+         combine, last);
+}
+
+}  // namespace crossfuse::moe
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_group, crossfuse::moe::run_group);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_decode, crossfuse::moe::run_experts);

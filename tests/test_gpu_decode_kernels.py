@@ -1,0 +1,456 @@
+"""The compiled decode kernels on one GPU: against float64, in CUDA graphs, in place, bit by bit, and how fast.
+
+A kernel is judged by float64 beside the plain path, which rounds in the same places: it may not be further away. The
+last tests print tables of microseconds and shares of the memory bandwidth measured in the same run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from core_torch.kernels import attention, causal_conv, gated_delta_rule, moe, norm
+from core_torch.kernels.gdn_decode import check_gdn_decode, gdn_decode, gdn_decode_plain
+from core_torch.kernels.moe_decode import check_moe_decode, routed_experts_decode
+from core_torch.kernels.paged_decode import check_paged_decode, paged_decode_attention
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
+
+SIZES = (1, 3, 63, 67)
+EPS = 1e-6
+SLACK = 1.1  # times the plain path's distance from float64
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    """In the 2-norm, relative; NaN stays NaN and fails every comparison."""
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def assert_as_close(got: Tensor, plain: Tensor, want: Tensor) -> None:
+    mine, base = distance(got, want), distance(plain, want)
+    assert mine <= SLACK * base + 1e-6, (mine, base)
+
+
+def captured(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """`call` in a CUDA graph, after one eager run."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return graph, out
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+    torch.cuda.synchronize()  # a failed kernel fails its own test
+
+
+class Gdn:
+    """Inputs of one layer; the slots of B sequences in any order, some rows padding."""
+
+    def __init__(self, B: int, H: int, HV: int, dk: int, dv: int, slots: int | None = None) -> None:
+        self.H, self.HV, self.dk, self.dv = H, HV, dk, dv
+        self.channels = 2 * H * dk + HV * dv
+        count = slots or B + 2
+        self.projected = randn(B, self.channels + HV * dv + 2 * HV)
+        self.conv = randn(count, self.channels, 3)
+        self.state = torch.randn(count, HV, dk, dv, device="cuda")
+        self.slots = torch.randperm(count - 1, device="cuda")[:B] + 1
+        self.weights = {
+            "conv_weight": randn(self.channels, 4) / 2,
+            "a_log": torch.rand(HV, device="cuda") * 2,
+            "dt_bias": torch.randn(HV, device="cuda"),
+            "norm_weight": randn(dv),
+        }
+
+    def pad(self, rows: int) -> None:
+        self.slots[-rows:] = 0
+
+    def run(self, function: Callable[..., Tensor], **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """(out, conv, state) on copies."""
+        conv, state = self.conv.clone(), self.state.clone()
+        out = function(self.projected, conv, state, self.slots, **self.weights, eps=EPS, **options)
+        return out, conv, state
+
+    def reference(self) -> tuple[Tensor, Tensor]:
+        """float64 (out, state), sequence by sequence."""
+        w = {name: value.cpu() for name, value in self.weights.items()}
+        value = self.HV * self.dv
+        outs, state = [], self.state.double().cpu()
+        for row, slot in zip(self.projected.cpu(), self.slots.tolist(), strict=True):
+            qkv, z, b, a = row.double().split([self.channels, value, self.HV, self.HV])
+            mixed, _ = causal_conv.causal_conv_reference(qkv[None], self.conv[slot].cpu(), w["conv_weight"])
+            q, k, v = mixed.split([self.H * self.dk, self.H * self.dk, value], dim=-1)
+            g = -w["a_log"].double().exp() * torch.nn.functional.softplus(a + w["dt_bias"].double())
+            out, state[slot] = gated_delta_rule.gated_delta_rule_reference(
+                q.view(1, self.H, self.dk),
+                k.view(1, self.H, self.dk),
+                v.view(1, self.HV, self.dv),
+                g[None],
+                b.sigmoid()[None],
+                state[slot],
+            )
+            outs.append(
+                norm.gated_rms_norm_reference(out[0], z.view(self.HV, self.dv), w["norm_weight"], eps=EPS)
+            )
+        return torch.stack(outs).flatten(1).cuda(), state.cuda()
+
+
+GDN_SHAPES = [(2, 4, 32, 32), (8, 16, 128, 128), (2, 6, 24, 40), (1, 4, 64, 256)]
+
+
+@pytest.mark.parametrize("B", SIZES)
+@pytest.mark.parametrize(("H", "HV", "dk", "dv"), GDN_SHAPES)
+def test_gdn_decode(B: int, H: int, HV: int, dk: int, dv: int) -> None:
+    if B > 3 and HV * dk > 1024:
+        B = 5  # the float64 loop is slow
+    assert check_gdn_decode(
+        num_k_heads=H,
+        num_v_heads=HV,
+        k_dim=dk,
+        v_dim=dv,
+        taps=4,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda"),
+    ).usable
+    case = Gdn(B, H, HV, dk, dv)
+    want, want_state = case.reference()
+    plain, plain_conv, plain_state = case.run(gdn_decode_plain)
+    for units in (1, 2, 4):
+        out, conv, state = case.run(gdn_decode, units_per_block=units)
+        assert_as_close(out, plain, want)
+        assert_as_close(state, plain_state, want_state)
+        assert torch.equal(conv, plain_conv)
+
+
+def test_gdn_decode_leaves_nothing_of_padding_rows() -> None:
+    case = Gdn(9, 2, 4, 32, 32)
+    whole = case.run(gdn_decode)
+    case.pad(4)
+    out, conv, state = case.run(gdn_decode)
+    assert torch.equal(out[:5], whole[0][:5])
+    assert out.isfinite().all()
+    live = case.slots[:5]
+    others = torch.ones(len(state), dtype=torch.bool, device="cuda")
+    others[live] = False
+    assert torch.equal(state[others], case.state[others])
+    assert torch.equal(conv[others], case.conv[others])
+    assert torch.equal(state[live], whole[2][live])
+    assert torch.equal(conv[live], whole[1][live])
+
+
+def test_gdn_decode_bits_do_not_depend_on_the_batch_or_the_launch() -> None:
+    case = Gdn(67, 8, 16, 128, 128)
+    out, conv, state = case.run(gdn_decode)
+    for options in ({"units_per_block": 2}, {"units_per_block": 4}, {"launch_with_pdl": False}, {}):
+        for got, want in zip(case.run(gdn_decode, **options), (out, conv, state), strict=True):
+            assert torch.equal(got, want), options
+    case.slots = case.slots.int()
+    assert torch.equal(case.run(gdn_decode)[0], out)
+    case.projected, case.slots = case.projected[13:14], case.slots[13:14]
+    alone, _, one_state = case.run(gdn_decode)
+    assert torch.equal(alone, out[13:14])
+    assert torch.equal(one_state[case.slots], state[case.slots])
+
+
+def test_gdn_decode_in_a_graph_goes_on_from_its_own_state() -> None:
+    case, steps = Gdn(7, 8, 16, 128, 128), 5
+    options = {**case.weights, "eps": EPS}
+    conv, state = case.conv.clone(), case.state.clone()
+    graph, out = captured(lambda: gdn_decode(case.projected, conv, state, case.slots, **options))
+    conv.copy_(case.conv)
+    state.copy_(case.state)
+    for _ in range(steps):
+        graph.replay()
+    eager = [gdn_decode(case.projected, case.conv, case.state, case.slots, **options) for _ in range(steps)]
+    assert torch.equal(out, eager[-1])
+    assert torch.equal(state, case.state)
+    assert torch.equal(conv, case.conv)
+
+
+class Moe:
+    def __init__(self, N: int, K: int, D: int, I: int) -> None:  # noqa: E741
+        self.N, self.K, self.D, self.I = N, K, D, I
+        self.gate_up = torch.empty(N, 2 * I, D, dtype=torch.bfloat16, device="cuda").normal_(0, D**-0.5)
+        self.down = torch.empty(N, D, I, dtype=torch.bfloat16, device="cuda").normal_(0, I**-0.5)
+
+    def tokens(self, T: int, favourites: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """(x, weights, experts); `favourites` is added to the first experts' logits."""
+        logits = randn(T, self.N)
+        logits[:, : self.K] += favourites
+        return randn(T, self.D), *moe.route(logits, top_k=self.K, normalize=True)
+
+    def reference(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """float64, token by token."""
+        rows = []
+        for t in range(len(x)):
+            both = torch.einsum("koi,i->ko", self.gate_up[experts[t]].double(), x[t].double())
+            gate, up = both.chunk(2, dim=-1)
+            outs = torch.einsum("koi,ki->ko", self.down[experts[t]].double(), gate * gate.sigmoid() * up)
+            rows.append((weights[t].double()[:, None] * outs).sum(0))
+        return torch.stack(rows)
+
+
+MOE_SHAPES = {"tiny": (16, 4, 256, 16), "80B-A3B": (512, 10, 2048, 256), "odd": (7, 3, 264, 24)}
+
+
+@pytest.fixture(scope="module", params=MOE_SHAPES)
+def experts(request: pytest.FixtureRequest) -> Moe:
+    torch.manual_seed(1)
+    return Moe(*MOE_SHAPES[request.param])
+
+
+@pytest.mark.parametrize("T", SIZES)
+def test_moe_decode(experts: Moe, T: int) -> None:
+    assert check_moe_decode(
+        num_experts=experts.N,
+        hidden_size=experts.D,
+        intermediate_size=experts.I,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda"),
+    ).usable
+    for favourites in (0.0, 8.0):  # 8: all tokens on the same experts
+        tokens = experts.tokens(T, favourites)
+        want = experts.reference(*tokens)
+        plain = moe.routed_experts(*tokens, experts.gate_up, experts.down)
+        got = routed_experts_decode(*tokens, experts.gate_up, experts.down)
+        assert_as_close(got, plain, want)
+
+
+def test_moe_decode_bits_do_not_depend_on_the_batch_or_the_launch(experts: Moe) -> None:
+    x, weights, chosen = experts.tokens(67, favourites=1.0)
+    want = routed_experts_decode(x, weights, chosen, experts.gate_up, experts.down)
+    without = routed_experts_decode(x, weights, chosen, experts.gate_up, experts.down, launch_with_pdl=False)
+    assert torch.equal(without, want)
+    for rows in (slice(0, 1), slice(5, 8), slice(30, 67)):
+        part = (x[rows], weights[rows], chosen[rows].int())
+        assert torch.equal(routed_experts_decode(*part, experts.gate_up, experts.down), want[rows])
+
+
+def test_moe_decode_skips_rows_without_experts(experts: Moe) -> None:
+    x, weights, chosen = experts.tokens(9)
+    want = routed_experts_decode(x[:5], weights[:5], chosen[:5], experts.gate_up, experts.down)
+    chosen[5:] = -1
+    got = routed_experts_decode(x, weights, chosen, experts.gate_up, experts.down)
+    assert torch.equal(got[:5], want)
+    assert not got[5:].any()
+
+
+def test_moe_decode_in_a_graph_follows_its_inputs(experts: Moe) -> None:
+    static = experts.tokens(8)
+    graph, out = captured(lambda: routed_experts_decode(*static, experts.gate_up, experts.down))
+    for _ in range(3):
+        fresh = experts.tokens(8, favourites=1.0)
+        for target, source in zip(static, fresh, strict=True):
+            target.copy_(source)
+        graph.replay()
+        assert torch.equal(out, routed_experts_decode(*fresh, experts.gate_up, experts.down))
+
+
+class Paged:
+    """Sequences in shuffled pages; unused places of the caches are NaN."""
+
+    def __init__(self, lengths: tuple[int, ...], H: int, G: int, d: int, page: int, spare: int = 3) -> None:
+        width = max(-(-max(lengths) // page), 1) + spare
+        need = [-(-length // page) for length in lengths]
+        pages = (torch.randperm(sum(need)) + 1).tolist()
+        self.q = randn(len(lengths), H, d)
+        self.k, self.v = torch.full((2, sum(need) + 1, page, G, d), float("nan"), device="cuda").bfloat16()
+        tables = torch.zeros(len(lengths), width, dtype=torch.int64)
+        self.sequences = []
+        for b, length in enumerate(lengths):
+            tables[b, : need[b]] = torch.tensor(pages[sum(need[:b]) : sum(need[: b + 1])])
+            k, v = randn(length, G, d), randn(length, G, d)
+            places = torch.arange(length)
+            slots = (tables[b, places // page] * page + places % page).cuda()
+            attention.write_kv(k, v, self.k, self.v, slots)
+            self.sequences.append((k.cpu(), v.cpu()))
+        self.tables = tables.T.contiguous().cuda().T  # the engine's are views of a [P, B] tensor
+        self.lengths = torch.tensor(lengths, device="cuda")
+        self.scale = d**-0.5
+
+    def run(self, **options: bool) -> Tensor:
+        return paged_decode_attention(
+            self.q, self.k, self.v, self.tables, self.lengths, scale=self.scale, **options
+        )
+
+    def plain(self) -> Tensor:
+        k = self.k.nan_to_num(0)  # the plain path masks stale keys after the product
+        return attention.decode_attention(self.q, k, self.v, self.tables, self.lengths, scale=self.scale)
+
+    def reference(self) -> Tensor:
+        rows = [
+            attention.attention_reference(q[None], k, v, scale=self.scale)
+            for q, (k, v) in zip(self.q.cpu(), self.sequences, strict=True)
+        ]
+        return torch.cat(rows).cuda()
+
+
+@pytest.mark.parametrize(("H", "G", "d"), [(8, 1, 256), (2, 1, 64), (6, 2, 128), (4, 4, 64)])
+@pytest.mark.parametrize("page", [16, 7])
+def test_paged_decode(H: int, G: int, d: int, page: int) -> None:
+    assert check_paged_decode(
+        num_heads=H,
+        num_kv_heads=G,
+        head_dim=d,
+        max_num_seqs=67,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda"),
+    ).usable
+    for lengths in ((1,), (3, 63, 67), (1000, 1, 64, 5001), tuple(range(1, 68))):
+        case = Paged(lengths, H, G, d, page)
+        assert_as_close(case.run(), case.plain(), case.reference())
+
+
+def test_paged_decode_bits_do_not_depend_on_the_batch_or_the_launch() -> None:
+    case = Paged(tuple(range(40, 4000, 61)), 8, 1, 256, 16)
+    want = case.run()
+    assert torch.equal(case.run(launch_with_pdl=False), want)
+    case.tables, case.lengths = case.tables.int(), case.lengths.int()
+    assert torch.equal(case.run(), want)
+    case.q, case.tables, case.lengths = case.q[50:51], case.tables[50:51], case.lengths[50:51]
+    assert torch.equal(case.run(), want[50:51])
+
+
+def test_paged_decode_in_a_graph_follows_the_lengths() -> None:
+    case = Paged((300, 200, 100), 8, 1, 256, 16, spare=40)
+    graph, out = captured(case.run)
+    for lengths in ((300, 200, 100), (1, 17, 64), (0, 200, 3)):
+        case.lengths.copy_(torch.tensor(lengths))
+        graph.replay()
+        assert torch.equal(out, case.run())
+    assert not out[0].any()  # a row without tokens
+
+
+REPLAYS = 7
+COPY_BYTES = 1 << 30
+
+
+def median_us(calls: list[Callable[[], object]]) -> float:
+    """Microseconds a call: all of `calls` in one CUDA graph. Together they touch far more than the L2 cache holds."""
+
+    def chain() -> Tensor:
+        for call in calls:
+            call()
+        return torch.empty(0)
+
+    graph, _ = captured(chain)
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return sorted(times)[REPLAYS // 2]
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a device copy, read and written."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").fill_(1)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / (median_us([lambda: target.copy_(source)] * 4) * 1e-6)
+
+
+Row = tuple[str, int, float, float]  # kernel, batch, microseconds, bytes
+
+
+def time_gdn(B: int) -> Iterator[Row]:
+    case = Gdn(B, 8, 16, 128, 128, slots=257)
+    calls = max(4, 128 // B)
+    chosen = [torch.randperm(256, device="cuda")[:B] + 1 for _ in range(calls)]
+    moved = float(B * 16 * 128 * 128 * 4 * 2 + B * case.channels * (3 * 2 * 2 + 4))
+
+    def call(slots: Tensor, function: Callable[..., Tensor], **options: Any) -> Callable[[], object]:
+        return lambda: function(
+            case.projected, case.conv, case.state, slots, **case.weights, eps=EPS, **options
+        )
+
+    for units in (1, 2, 4):
+        us = median_us([call(slots, gdn_decode, units_per_block=units) for slots in chosen])
+        yield f"gdn_decode, {units} units a block", B, us, moved
+    us = median_us([call(slots, gdn_decode, launch_with_pdl=False) for slots in chosen])
+    yield "gdn_decode without PDL", B, us, moved
+    yield "gdn plain", B, median_us([call(slots, gdn_decode_plain) for slots in chosen[:4]]), moved
+
+
+def time_moe(case: Moe, T: int) -> Iterator[Row]:
+    batches = [case.tokens(T) for _ in range(24 if T < 32 else 6)]
+    distinct = sum(len(chosen.unique()) for _, _, chosen in batches) / len(batches)
+    moved = distinct * 3 * case.I * case.D * 2.0
+
+    def calls(function: Callable[..., Tensor], **options: bool) -> list[Callable[[], object]]:
+        return [partial(function, *batch, case.gate_up, case.down, **options) for batch in batches]
+
+    yield "moe_decode", T, median_us(calls(routed_experts_decode)), moved
+    yield "moe_decode without PDL", T, median_us(calls(routed_experts_decode, launch_with_pdl=False)), moved
+    yield "moe plain (grouped_mm)", T, median_us(calls(moe.routed_experts)), moved
+
+
+def time_paged(B: int, length: int) -> Iterator[Row]:
+    pages, page = 16384 // B * B, 16  # 256 MiB of keys and values
+    k, v = randn(2, pages + 1, page, 1, 256)
+    width = length // page
+    order = (torch.randperm(pages, device="cuda") + 1)[: pages // (B * width) * B * width].view(-1, B, width)
+    tables = [t.T.contiguous().T for t in order]
+    lengths = torch.full((B,), length, device="cuda")
+    q = randn(B, 8, 256)
+    moved = B * length * 2 * 256 * 2.0
+
+    def call(table: Tensor, **options: bool) -> Callable[[], object]:
+        return lambda: paged_decode_attention(q, k, v, table, lengths, scale=0.0625, **options)
+
+    yield f"paged_decode, {length} tokens", B, median_us([call(t) for t in tables]), moved
+    us = median_us([call(t, launch_with_pdl=False) for t in tables])
+    yield f"paged_decode, {length} tokens, no PDL", B, us, moved
+
+
+def all_gdn() -> Iterator[Row]:
+    return itertools.chain.from_iterable(time_gdn(B) for B in (1, 8, 32, 64, 128))
+
+
+def all_moe() -> Iterator[Row]:
+    experts = Moe(*MOE_SHAPES["80B-A3B"])
+    return itertools.chain.from_iterable(time_moe(experts, T) for T in (1, 8, 32, 64, 128))
+
+
+def all_paged() -> Iterator[Row]:
+    return itertools.chain.from_iterable(
+        time_paged(B, length) for B, length in ((1, 1024), (8, 1024), (64, 1024), (1, 8192))
+    )
+
+
+@pytest.mark.parametrize(
+    "rows", [all_gdn, all_moe, all_paged], ids=["gdn_decode", "moe_decode", "paged_decode"]
+)
+def test_time(rows: Callable[[], Iterator[Row]], capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints a table. Another program on the GPU may spoil any time, so only impossible ones fail."""
+    peak = copy_bandwidth()
+    found = list(rows())
+    with capsys.disabled():
+        print(f"\ncopy: {peak / 1e12:.2f} TB/s")
+        print(f"{'kernel':36} {'batch':>5} {'us':>8} {'floor':>8} {'GB/s':>6} {'share':>6}")
+        for name, batch, us, moved in found:
+            rate = moved / us * 1e6
+            print(
+                f"{name:36} {batch:5} {us:8.1f} {moved / peak * 1e6:8.1f} {rate / 1e9:6.0f} {rate / peak:6.1%}"
+            )
+    assert all(us > 0 and moved / us * 1e6 < 1.5 * peak for _, _, us, moved in found)
