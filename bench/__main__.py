@@ -91,6 +91,14 @@ def op_spec(args: argparse.Namespace, device: str) -> OpSpec:
     )
 
 
+def check_model(args: argparse.Namespace) -> None:
+    """Raises ValueError for arguments that name no model: before anything is measured."""
+    if args.model is not None or args.preset is not None:
+        model_config(args.model, args.preset, args.layers)
+    if args.load_format == "safetensors" and args.model is None:
+        raise ValueError("--preset has shapes only: use --load-format dummy, or --model with a checkpoint")
+
+
 def model_spec(args: argparse.Namespace, device: str) -> tuple[ModelSpec, str]:
     """The spec, and the checkpoint's folder ("" for a preset)."""
     model, preset, layers = args.model, args.preset, args.layers
@@ -100,16 +108,13 @@ def model_spec(args: argparse.Namespace, device: str) -> tuple[ModelSpec, str]:
         else:
             model = TINY
     name, config = model_config(model, preset, layers)
-    load_format = args.load_format or ("safetensors" if model is not None else "dummy")
-    if load_format == "safetensors" and model is None:
-        raise ValueError("--preset has shapes only: use --load-format dummy, or --model with a checkpoint")
     defaults = MODEL[device]
     spec = ModelSpec(
         frameworks=args.frameworks,
         tp=args.tp,
         name=name,
         hf_config=hf_json(config),
-        load_format=load_format,
+        load_format=args.load_format or ("dummy" if model is None else "safetensors"),
         dtype=args.dtype,
         device=device,
         batches=args.batches or defaults["batches"],
@@ -123,6 +128,8 @@ def model_spec(args: argparse.Namespace, device: str) -> tuple[ModelSpec, str]:
 
 
 def run_bench(args: argparse.Namespace) -> int:
+    if args.measures_model:
+        check_model(args)
     args.out.mkdir(parents=True, exist_ok=True)
     machine: Machine = probe_machine(args.device, args.dtype, args.tp)
     device = machine.hardware.device

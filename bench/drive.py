@@ -74,7 +74,7 @@ class Engine(Protocol):
 
 def make_sequences(spec: ModelSpec, batch: int, length: int, generator: random.Random) -> list[Sequence]:
     """New sequences with random prompts, each with its own slot and with the pages that it will need."""
-    pages = -(-(length + spec.steps_per_cell) // spec.page_size)
+    pages = spec.pages_per_sequence
     params = SamplingParams(temperature=0, max_tokens=spec.steps_per_cell, ignore_eos=True)
     sequences = []
     for row in range(batch):

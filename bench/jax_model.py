@@ -54,12 +54,12 @@ def run(plain: dict[str, Any]) -> dict[str, Any]:
     weights = _loaded_once(spec, plain["folder"])
     if spec.tp == 1:
         with open_session(session_spec, weights) as session:
-            rows = measure(JaxEngine(session.runner, "none"), spec)
+            rows = measure(JaxEngine(session.runner, "none", spec), spec)
             return to_plain(ModelPart(tuple(rows), session.decision.to_json()))
     with open_session(session_spec, weights) as session:
-        rows, decision = measure(JaxEngine(session.runner, "on"), spec), session.decision
+        rows, decision = measure(JaxEngine(session.runner, "on", spec), spec), session.decision
     with open_session(replace(session_spec, request=FusionRequest(mode="off")), weights) as session:
-        rows += measure(JaxEngine(session.runner, "off"), spec, like=rows)
+        rows += measure(JaxEngine(session.runner, "off", spec), spec, like=rows)
     return to_plain(ModelPart(tuple(rows), decision.to_json()))
 
 
@@ -84,7 +84,8 @@ class JaxEngine:
     framework = "jax"
     is_first_rank = True
 
-    def __init__(self, runner: ModelRunner, mode: str) -> None:
+    def __init__(self, runner: ModelRunner, mode: str, spec: ModelSpec) -> None:
+        spec.check_pages(runner.num_pages)
         self._runner, self.modes = runner, (mode,)
         self._feed = runner.program(functools.partial(_feed, page_size=runner.settings.page_size))
         self._watch = runner.program(_watch)

@@ -137,6 +137,20 @@ class ModelSpec:
         a count of experts."""
         return 1 + (2 * (2 + self.repeats) + 1) * self.decode_steps
 
+    @property
+    def pages_per_sequence(self) -> int:
+        """Of the longest cell."""
+        return -(-(max(self.lengths) + self.steps_per_cell) // self.page_size)
+
+    def check_pages(self, num_pages: int) -> None:
+        """Raises ValueError where the largest cell does not fit into a cache of `num_pages` pages."""
+        needed = max(self.batches) * self.pages_per_sequence
+        if num_pages < needed:
+            raise ValueError(
+                f"a batch of {max(self.batches)} with prompts of {max(self.lengths)} tokens needs {needed} KV pages, "
+                f"and memory is left for {num_pages}; lower --batches or --lengths, or use more ranks"
+            )
+
     def settings(self, folder: str) -> EngineSettings:
         return EngineSettings(
             folder,

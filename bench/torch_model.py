@@ -42,6 +42,7 @@ def run(plain: dict[str, Any]) -> dict[str, Any]:
         open_session(session_spec, int(os.environ["LOCAL_RANK"])) as session,
         TorchEngine.open(session.runner) as engine,
     ):
+        spec.check_pages(session.runner.num_pages)
         return to_plain(ModelPart(tuple(measure(engine, spec)), session.decision.to_json()))
 
 

@@ -1,0 +1,225 @@
+"""Statistics, the schema of results, and what is made of them: tables, plots, comparisons, README."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import readme
+from bench.__main__ import main
+from bench.codec import from_plain, to_plain
+from bench.compare import compare, differences
+from bench.plots import draw
+from bench.report import crossing, model_gain, model_table, op_gain, op_table, summary
+from bench.result import OpSpec, Result
+from bench.stats import Timing, beyond_spread, quantile, slowest, summarize
+from bench.trace import covered
+from tests.bench_cases import model_row, model_spec, op_row, result
+
+
+def test_quantiles_lie_between_samples() -> None:
+    assert quantile([4, 1, 3, 2], 0.5) == 2.5
+    assert quantile([4, 1, 3, 2], 0) == 1
+    assert quantile([4, 1, 3, 2], 1) == 4
+    assert quantile([7], 0.9) == 7
+    with pytest.raises(ValueError, match="empty"):
+        quantile([], 0.5)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        quantile([1.0], 1.5)
+
+
+def test_a_summary_is_the_median_and_the_middle_of_the_samples() -> None:
+    samples = [float(i) for i in range(1, 12)]
+    random.Random(0).shuffle(samples)
+    assert summarize(samples) == Timing(6.0, 2.0, 10.0, 11)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_duration_that_cannot_be_is_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match="positive"):
+        summarize([1.0, bad])
+
+
+def test_a_collective_takes_as_long_as_its_slowest_rank() -> None:
+    assert slowest([[1.0, 5.0], [2.0, 3.0]]) == [2.0, 5.0]
+    with pytest.raises(ValueError, match="shorter"):
+        slowest([[1.0, 5.0], [2.0]])
+
+
+def test_only_ranges_apart_differ() -> None:
+    assert beyond_spread(Timing(10, 9, 11, 5), Timing(13, 12, 14, 5))
+    assert beyond_spread(Timing(10, 9, 11, 5), Timing(8, 7, 8.5, 5))
+    assert not beyond_spread(Timing(10, 9, 11, 5), Timing(11.5, 10.5, 13, 5))
+
+
+def test_overlapping_spans_count_once() -> None:
+    assert covered([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
+    assert covered([]) == 0
+
+
+def test_a_result_survives_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    result().save(file)
+    assert Result.load(file) == result()
+
+
+def _set(plain: Any, place: str, value: Any) -> None:
+    *way, last = place.split("/")
+    for key in way:
+        plain = plain[int(key) if isinstance(plain, list) else key]
+    plain[last] = value
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("schema_version", 99, "schema_version must be 1, got 99"),
+        (
+            "op/0/timing/median_us",
+            "fast",
+            r"Result.op\[0\].timing.median_us must be of type float, got 'fast'",
+        ),
+        ("op/1/fused", True, r"Result.op\[1\].fused must be of type int, got True"),
+        ("machine/versions/torch", 2, r"Result.machine.versions\['torch'\] must be of type str"),
+        ("model", {}, "Result.model must be of type list"),
+        ("typo", 1, r"unknown \['typo'\]"),
+    ],
+)
+def test_a_file_that_is_no_result_is_refused_by_its_place(
+    tmp_path: Path, place: str, value: Any, message: str
+) -> None:
+    plain = to_plain(result())
+    _set(plain, place, value)
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match=message):
+        Result.load(file)
+
+
+def test_a_missing_value_is_refused() -> None:
+    plain = to_plain(result().op_spec)
+    del plain["tokens"]
+    with pytest.raises(ValueError, match=r"OpSpec: missing \['tokens'\]"):
+        from_plain(OpSpec, plain)
+    assert from_plain(OpSpec, to_plain(result().op_spec)) == result().op_spec
+
+
+def test_gain_and_crossing_are_against_the_fastest_unfused_way() -> None:
+    rows = (*result().op, op_row("unfused", 8, 20.0), op_row("allreduce", 8, 1.0))
+    assert op_gain(rows, 8) == 2.0
+    assert op_gain(rows, 4096) == pytest.approx(0.9)
+    assert crossing(rows) == 8
+    assert crossing([op_row("fused", 1, 9.0), op_row("unfused", 1, 5.0)]) is None
+
+
+def test_tables_have_a_cell_for_everything_measured() -> None:
+    headings, lines = op_table(result().op)
+    assert [heading.replace("\n", " ") for heading in headings] == [
+        "tokens", "torch fused", "torch all-reduce + norm", "link floor", "gain",
+    ]  # fmt: skip
+    assert lines[0] == ["8", "4.0 ± 0.2", "8.0 ± 0.4", "0.1", "2.00x"]
+    headings, lines = model_table(result().model, "decode")
+    assert len(lines) == 3
+    assert dict(zip(headings, lines[0], strict=True)) == {
+        "batch": "8", "prompt": "128", "": "torch", "fusion": "on", "ms": "5.00 ± 0.25", "tokens/s": "1,600",
+        "floor ms": "1.67", "of floor": "3.0x", "experts": "75", "comm.": "20%", "fused": "96/96",
+    }  # fmt: skip
+    assert model_gain(result().model, "torch", "decode", 8, 128) == pytest.approx(1.1)
+
+
+def test_the_last_line_is_json_with_units() -> None:
+    line = json.loads(json.dumps(summary(result())))
+    assert line["op_gain_by_tokens"] == {"8": 2.0, "4096": 0.9}
+    assert line["decode torch fusion on batch 8 128 prompt tokens: ms"] == 5.0
+
+
+def test_plots_are_drawn(tmp_path: Path) -> None:
+    files = draw(result(), tmp_path)
+    assert [file.name for file in files] == ["op.png", "prefill.png", "decode.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10_000 for file in files)
+
+
+def test_compare_tells_change_from_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = result()
+    after = dataclasses.replace(
+        result(
+            op=(op_row("fused", 8, 4.1), op_row("fused", 4096, 120.0), op_row("fused", 1, 3.0)),
+            model=(model_row("decode", "on", 8, 4000.0),),
+        ),
+        revision="ba9876543210",
+        machine=dataclasses.replace(before.machine, versions=before.machine.versions | {"torch": "2.12.0"}),
+    )
+    verdicts = {change.key: change.verdict for change in compare(before, after)}
+    assert verdicts == {
+        "op torch fused, 8 tokens": "same",
+        "op torch fused, 4096 tokens": "slower",
+        "decode torch, fusion on, batch 8, 128 prompt tokens": "faster",
+    }
+    assert differences(before, after) == [
+        "revision: 0123456789ab -> ba9876543210",
+        "version of torch: 2.11.0 -> 2.12.0",
+    ]
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    before.save(files[0])
+    after.save(files[1])
+    assert main(["compare", *map(str, files)]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["slower"] == {"op torch fused, 4096 tokens": 1.2}
+    assert last["rows"] == 3
+
+
+def test_compare_of_unrelated_or_broken_files_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result(op=(), model=(model_row("decode", "on", 1, 1.0),)).save(tmp_path / "a.json")
+    result(model=()).save(tmp_path / "b.json")
+    (tmp_path / "c.json").write_text("[]")
+    for other, message in (
+        ("b.json", "no row in common"),
+        ("c.json", "c.json is not a result"),
+        ("d.json", "d.json"),
+    ):
+        assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / other)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_readme_sections_are_written_from_results() -> None:
+    empty = "<!-- results:decode -->\n<!-- /results:decode -->\n"
+    text = f"top\n<!-- results:op -->\nold\n<!-- /results:op -->\nmiddle\n{empty}"
+    once = readme.updated(text, result())
+    assert "old" not in once
+    assert "| 8 | 4.0 ± 0.2 | 8.0 ± 0.4 | 0.1 | 2.00x |" in once
+    assert "80b, 48 layers, random weights" in once
+    assert readme.updated(once, result()) == once
+    with pytest.raises(ValueError, match="nothing for the section results:op"):
+        readme.updated(text, result(op=()))
+    with pytest.raises(ValueError, match="unknown section results:typo"):
+        readme.updated("<!-- results:typo -->\n<!-- /results:typo -->", result())
+
+
+def test_readme_says_what_the_committed_results_say() -> None:
+    assert not readme.update_readme(check=True), "run `python -m bench readme`"
+
+
+def test_committed_results_really_fused() -> None:
+    files = sorted((Path(readme.ROOT) / "bench" / "results").glob("*.json"))
+    assert files
+    for file in files:
+        loaded = Result.load(file)
+        fused = [row for row in loaded.op if row.method.startswith("fused")]
+        assert all(row.fused > 0 and row.unfused == 0 for row in fused), file
+        decode = [row for row in loaded.model if (row.phase, row.fusion) == ("decode", "on")]
+        assert all(row.fused > 0 for row in decode), file
+
+
+def test_a_cell_must_fit_into_the_cache() -> None:
+    spec = model_spec()
+    pages = 8 * spec.pages_per_sequence
+    spec.check_pages(pages)
+    with pytest.raises(ValueError, match=f"needs {pages} KV pages, and memory is left for {pages - 1}"):
+        spec.check_pages(pages - 1)
