@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from core_torch.batch import pack_decode, unpack_decode
+from core_torch.batch import Batch, pack_decode, unpack_decode
 from core_torch.cache import LayerCache
 from core_torch.kernels.counts import ReductionCounts
 from core_torch.models.qwen3_next import Qwen3Next
@@ -43,6 +43,7 @@ class DecodeGraphs:
         self.buckets = decode_buckets(settings.max_num_seqs, deterministic=settings.deterministic)
         self._counts = [group.counts for group in (parallel.attention, parallel.mlp)]
         self._inputs: dict[int, torch.Tensor] = {}
+        self._batches: dict[int, Batch] = {}  # a graph reads its tensors by address: they must outlive the capture
         self._logits: dict[int, torch.Tensor] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._captured: dict[int, list[ReductionCounts]] = {}
@@ -62,7 +63,7 @@ class DecodeGraphs:
     ) -> None:
         idle = pack_decode(Step(False, ()), page_size=self.page_size, rows=rows, pages=self.max_pages)
         self._inputs[rows] = idle.to(device)
-        batch = unpack_decode(self._inputs[rows])
+        batch = self._batches[rows] = unpack_decode(self._inputs[rows])
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -93,3 +94,4 @@ class DecodeGraphs:
             graph.reset()
         self._graphs.clear()
         self._logits.clear()
+        self._batches.clear()
