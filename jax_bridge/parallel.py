@@ -16,6 +16,8 @@ from jax_bridge.partial_sum import ReduceAxis
 from shared_config import FusionDecision, ParallelLayout
 
 AXIS = "tp"  # the mesh axis that attention and the MLPs are split over
+# XLA would keep float32 between fused operations where the program rounds to bfloat16, as PyTorch does round.
+COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 HOST_DEVICES_FLAG = "xla_force_host_platform_device_count"
 
 
@@ -61,10 +63,8 @@ def choose_devices(device: str, count: int) -> list[Device]:
 
 def _ask_for_cpu_devices(count: int) -> None:
     """Have the CPU split into `count` devices, unless the user said how or JAX runs already."""
-    if (
-        HOST_DEVICES_FLAG in os.environ.get("XLA_FLAGS", "")
-        or jax.config.read("jax_num_cpu_devices") >= count
-    ):
+    asked: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  (made at run time)
+    if HOST_DEVICES_FLAG in os.environ.get("XLA_FLAGS", "") or asked >= count:
         return
     try:
         jax.config.update("jax_num_cpu_devices", count)

@@ -71,7 +71,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> TraceRep
     `args` may be arrays or `jax.ShapeDtypeStruct`s. Call it where the function will be called: inside the `with`
     block of its communicator. A `cond` counts the branch with the most reductions.
     """
-    jaxpr = jax.make_jaxpr(function)(*args, **kwargs)
+    # A jitted function traces itself: inside another trace it may not have compiler options.
+    trace = getattr(function, "trace", None)
+    jaxpr = trace(*args, **kwargs).jaxpr if trace else jax.make_jaxpr(function)(*args, **kwargs)
     return TraceReport(tuple(_records(jaxpr.jaxpr)))
 
 

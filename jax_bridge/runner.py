@@ -23,7 +23,7 @@ from jax_bridge.batch import MIN_PAGES, Batch, build_batch
 from jax_bridge.cache import LayerCache, cache_bytes, cache_specs, make_cache
 from jax_bridge.dispatch import dispatch_lock
 from jax_bridge.models.qwen3_next import Qwen3Next
-from jax_bridge.parallel import Parallel
+from jax_bridge.parallel import COMPILER_OPTIONS, Parallel
 from jax_bridge.report import explain
 from jax_bridge.sampler import Choice, choice_of, greedy, sample
 from jax_bridge.weights import Weights, materialize
@@ -123,7 +123,7 @@ class ModelRunner:
             in_specs=(nnx.get_partition_spec(self.parameters), caches, P()),
             out_specs=(P(), caches),
         )
-        return jax.jit(sharded, donate_argnums=1)
+        return jax.jit(sharded, donate_argnums=1, compiler_options=COMPILER_OPTIONS)
 
     def execute(self, program: Program, inputs: Any) -> tuple[Any, Reductions]:
         """(the program's outputs, the norm reductions in it; a loop's body counts once). Updates the cache."""
@@ -195,21 +195,21 @@ class ModelRunner:
 
     def _run_pass(self, step: Step, *, all_logits: bool = False) -> tuple[jax.Array, np.ndarray, Reductions]:
         """(logits [L, V], tokens [S], reductions)."""
-        batch = self._batch(step, all_logits)
+        batch = self.batch(step, all_logits)
         choice = choice_of([chunk.sequence for chunk in step.chunks], batch.sample_rows.shape[0])
         (logits, tokens), reductions = self.execute(self._pass, (batch, choice))
         return logits, np.asarray(tokens), reductions
 
     def _run_loop(self, step: Step, steps: int) -> None:
         """`steps` greedy steps, or fewer when every row has ended."""
-        batch = self._batch(step)
+        batch = self.batch(step)
         ends = np.zeros(batch.token_ids.shape, bool)
         ends[: len(step.chunks)] = [not chunk.sequence.params.ignore_eos for chunk in step.chunks]
         padding = np.arange(len(ends)) >= len(step.chunks)
         (tokens, count), reductions = self.execute(self._loop, (batch, np.int32(steps), ends, padding))
         self._keep(step, np.asarray(tokens)[: int(count)], reductions)
 
-    def _batch(self, step: Step, all_logits: bool = False) -> Batch:
+    def batch(self, step: Step, all_logits: bool = False) -> Batch:
         """`deterministic` pins the shapes of a decode step: always all rows, all pages."""
         s = self.settings
         pinned = s.deterministic and not step.prefill

@@ -47,6 +47,24 @@ def _prepare(q: jax.Array, k: jax.Array, heads: int) -> tuple[jax.Array, jax.Arr
     return jnp.repeat(q32, repeat, axis=-2), jnp.repeat(k32, repeat, axis=-2)
 
 
+def invert_unit_lower(system: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
+    """The inverse of lower-triangular matrices whose diagonals are taken as ones.
+
+    By blocks of doubling size, as [[A, 0], [L, B]]^-1 = [[A^-1, 0], [-B^-1 L A^-1, B^-1]]: a few matrix products. (XLA
+    calls LAPACK for a triangular solve on CPU, which waits inside the thread pool that it needs: virtual devices that
+    get there together never come out.)
+    """
+    size = system.shape[-1]
+    row, column = jnp.arange(size)[:, None], jnp.arange(size)[None]
+    inverse = jnp.broadcast_to(jnp.eye(size, dtype=system.dtype), system.shape)
+    block = 1
+    while block < size:
+        joins = (row // block == column // block + 1) & (row // block % 2 == 1)
+        inverse = inverse - inverse @ jnp.where(joins, system, jnp.zeros_like(system)) @ inverse
+        block *= 2
+    return inverse
+
+
 def chunk_gated_delta_rule(
     q: Float[Array, "T H dk"],
     k: Float[Array, "T H dk"],
@@ -76,9 +94,9 @@ def chunk_gated_delta_rule(
     between = jnp.exp(jnp.where(lower, decay[..., :, None] - decay[..., None, :], -jnp.inf))
 
     k_beta = kc * bc[..., None]
-    system = (k_beta @ kc.swapaxes(-1, -2)) * between  # its diagonal is taken as ones
+    system = (k_beta @ kc.swapaxes(-1, -2)) * between
     right = jnp.concatenate((vc * bc[..., None], k_beta * jnp.exp(decay)[..., None]), axis=-1)
-    solved = jax.lax.linalg.triangular_solve(system, right, left_side=True, lower=True, unit_diagonal=True)
+    solved = invert_unit_lower(system) @ right
     new_values, reads = solved[..., :dv], solved[..., dv:]
     scores = (qc @ kc.swapaxes(-1, -2)) * between
     q_in = qc * jnp.exp(decay)[..., None]
