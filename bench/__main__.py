@@ -11,12 +11,13 @@ from pathlib import Path
 from bench.compare import compare_files
 from bench.launch import PartError
 from bench.machine import Machine, git_revision
-from bench.measuring import hf_json, measure_model, measure_op, model_config, probe_machine
-from bench.plots import draw
+from bench.measuring import measure_model, measure_op, model_config, probe_machine
+from bench.plots import draw, require_matplotlib
 from bench.presets import PRESETS
 from bench.readme import update_readme
 from bench.report import print_result, summary
 from bench.result import SCHEMA_VERSION, ModelSpec, OpSpec, Result
+from shared_config import FusionDecision
 
 TINY = Path(__file__).parents[1] / "tests" / "data" / "tiny-qwen3-next"
 
@@ -113,7 +114,7 @@ def model_spec(args: argparse.Namespace, device: str) -> tuple[ModelSpec, str]:
         frameworks=args.frameworks,
         tp=args.tp,
         name=name,
-        hf_config=hf_json(config),
+        hf_config=config,
         load_format=args.load_format or ("dummy" if model is None else "safetensors"),
         dtype=args.dtype,
         device=device,
@@ -128,13 +129,14 @@ def model_spec(args: argparse.Namespace, device: str) -> tuple[ModelSpec, str]:
 
 
 def run_bench(args: argparse.Namespace) -> int:
+    require_matplotlib()
     if args.measures_model:
         check_model(args)
     args.out.mkdir(parents=True, exist_ok=True)
     machine: Machine = probe_machine(args.device, args.dtype, args.tp)
     device = machine.hardware.device
     op, model, op_rows, model_rows, notes = None, None, [], [], []
-    decisions: dict[str, str] = {}
+    decisions: dict[str, FusionDecision] = {}
     if args.measures_op:
         op = op_spec(args, device)
         op_rows, decisions = measure_op(op, machine)
@@ -196,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except (PartError, ValueError, OSError) as error:
+    except (PartError, ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -1,6 +1,7 @@
 """Frozen dataclasses to plain JSON values and back, strictly: the types are the schema.
 
-Supported: dataclasses, `tuple[X, ...]`, `dict[str, X]`, `X | None`, str, int, float, bool.
+Supported: dataclasses, `tuple[X, ...]`, `dict[str, X]`, `X | None`, unions of plain types, str, int, float, bool,
+and `Any` for plain values that somebody else defines.
 """
 
 from __future__ import annotations
@@ -33,9 +34,13 @@ def _read(kind: Any, value: Any, place: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return _read_dataclass(kind, value, place)
-    if origin in (types.UnionType, typing.Union):  # X | None
-        inner = next(argument for argument in arguments if argument is not type(None))
-        return None if value is None else _read(inner, value, place)
+    if kind is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        if value is None and len(kinds) < len(arguments):
+            return None
+        return _read(type(value) if type(value) in kinds else kinds[0], value, place)
     if origin is tuple:
         items = _expect(list, value, place)
         return tuple(_read(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(items))

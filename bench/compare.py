@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.report import print_table
 from bench.result import Result
@@ -47,12 +48,12 @@ def differences(before: Result, after: Result) -> list[str]:
     pairs: dict[str, tuple[object, object]] = {
         "device": (before.machine.label, after.machine.label),
         "driver": (before.machine.hardware.driver, after.machine.hardware.driver),
-        "model": (_model(before), _model(after)),
         "revision": (before.revision, after.revision),
     }
     for what, old, new in (
         ("version of", before.machine.versions, after.machine.versions),
         ("flag", before.machine.flags, after.machine.flags),
+        ("model's", _model(before), _model(after)),
     ):
         pairs |= {
             f"{what} {name}": (old.get(name), new.get(name)) for name in sorted(old.keys() | new.keys())
@@ -60,8 +61,9 @@ def differences(before: Result, after: Result) -> list[str]:
     return [f"{name}: {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
 
 
-def _model(result: Result) -> str | None:
-    return None if result.model_spec is None else result.model_spec.hf_config
+def _model(result: Result) -> dict[str, Any]:
+    spec = result.model_spec
+    return {} if spec is None else spec.hf_config | {"name": spec.name, "weights": spec.load_format}
 
 
 def compare_files(before_file: Path, after_file: Path) -> dict[str, object]:

@@ -55,12 +55,12 @@ def run(plain: dict[str, Any]) -> dict[str, Any]:
     if spec.tp == 1:
         with open_session(session_spec, weights) as session:
             rows = measure(JaxEngine(session.runner, "none", spec), spec)
-            return to_plain(ModelPart(tuple(rows), session.decision.to_json()))
+            return to_plain(ModelPart(tuple(rows), session.decision))
     with open_session(session_spec, weights) as session:
         rows, decision = measure(JaxEngine(session.runner, "on", spec), spec), session.decision
     with open_session(replace(session_spec, request=FusionRequest(mode="off")), weights) as session:
         rows += measure(JaxEngine(session.runner, "off", spec), spec, like=rows)
-    return to_plain(ModelPart(tuple(rows), decision.to_json()))
+    return to_plain(ModelPart(tuple(rows), decision))
 
 
 def _loaded_once(spec: ModelSpec, folder: str) -> Weights:

@@ -71,7 +71,7 @@ def run(plain: dict[str, Any]) -> dict[str, Any]:
         rows = []
         for num_tokens in tqdm(spec.tokens, desc="op, jax", unit="size", leave=False):
             rows += measure_size(spec, num_tokens, mesh, ops)
-        return to_plain(OpPart(tuple(rows), decision.to_json()))
+        return to_plain(OpPart(tuple(rows), decision))
 
 
 def _fused(communicator: jax_bridge.Communicator) -> Op:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from bench.launch import PartError, run_part
 from bench.machine import Machine
 from bench.presets import PRESETS, with_layers
 from bench.result import ModelPart, ModelRow, ModelSpec, OpPart, OpRow, OpSpec
-from shared_config import ParallelLayout, Qwen3NextConfig
+from shared_config import FusionDecision, ParallelLayout, Qwen3NextConfig
 from shared_config.checkpoint import plan_checkpoint
 from shared_config.model import read_hf_config
 
@@ -38,7 +37,7 @@ def probe_machine(device: str, dtype: str, tp: int) -> Machine:
     return machine
 
 
-def measure_op(spec: OpSpec, machine: Machine) -> tuple[list[OpRow], dict[str, str]]:
+def measure_op(spec: OpSpec, machine: Machine) -> tuple[list[OpRow], dict[str, FusionDecision]]:
     """All frameworks' rows with their link floors, and the fusion decision of each."""
     rows, decisions = [], {}
     for framework in spec.frameworks:
@@ -73,7 +72,7 @@ def model_config(model: Path | None, preset: str | None, layers: int | None) -> 
 
 def measure_model(
     spec: ModelSpec, folder: str, machine: Machine
-) -> tuple[list[ModelRow], dict[str, str], list[str]]:
+) -> tuple[list[ModelRow], dict[str, FusionDecision], list[str]]:
     """All frameworks' rows with their floors, the fusion decision of each, and notes on what is missing.
 
     Only the peer may be missing: a failure of torch or jax is raised as PartError.
@@ -102,7 +101,7 @@ def measure_model(
             continue
         part = from_plain(ModelPart, answer)
         rows += part.rows
-        if part.decision:
+        if part.decision is not None:
             decisions[f"{framework} model"] = part.decision
     return with_floors(rows, spec, machine), decisions, notes
 
@@ -160,7 +159,3 @@ def part_environment(framework: str, device: str, tp: int) -> dict[str, str]:
         }
     # A kernel that is loaded on first use waits for the devices, and there a fused kernel waits for its peer.
     return quiet | ({"CUDA_MODULE_LOADING": "EAGER"} if framework == "jax" else {})
-
-
-def hf_json(config: dict[str, Any]) -> str:
-    return json.dumps(config, sort_keys=True)

@@ -172,8 +172,8 @@ def print_result(result: Result) -> None:
         print_table(f"{op_title(result)}: microseconds a call", op_table(result.op))
         print_table("the same in GB/s that each rank sends", op_rate_table(result.op))
         crossed = crossing(result.op)
-        faster = f"at every size up to {crossed} tokens" if crossed else "at no size from the smallest on"
-        print(f"torch: fused is at least as fast as the fastest unfused way {faster}")
+        if crossed is not None:
+            print(f"torch: fused is at least as fast as the fastest unfused way up to {crossed} tokens")
     for phase in ("prefill", "decode"):
         if any(row.phase == phase for row in result.model):
             print_table(model_title(result, phase), model_table(result.model, phase))

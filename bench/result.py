@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bench.codec import from_plain, to_plain
 from bench.machine import Machine
 from bench.stats import Timing
-from shared_config import FusionRequest, ModelFacts, Qwen3NextConfig
+from shared_config import FusionDecision, FusionRequest, ModelFacts, Qwen3NextConfig
 from shared_config.model import DTYPE_BYTES
 from shared_config.settings import EngineSettings
 
@@ -98,12 +99,12 @@ class OpPart:
     """What one framework's part of `op` returns."""
 
     rows: tuple[OpRow, ...]
-    decision: str  # FusionDecision.to_json()
+    decision: FusionDecision
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What `model` measures. `name` is the preset or the checkpoint folder's name, `hf_config` its config as JSON.
+    """What `model` measures. `name` is the preset or the checkpoint folder's name, `hf_config` its config.
 
     A cell of the grid is a batch of prompts of one length: prefilled `repeats` times, then decoded `repeats` times
     for `decode_steps` steps, with fusion and without in turn; as many more are counted and profiled.
@@ -112,7 +113,7 @@ class ModelSpec:
     frameworks: tuple[str, ...]
     tp: int
     name: str
-    hf_config: str
+    hf_config: dict[str, Any]
     load_format: str
     dtype: str
     device: str
@@ -125,7 +126,7 @@ class ModelSpec:
 
     @property
     def config(self) -> Qwen3NextConfig:
-        return replace(Qwen3NextConfig.from_hf(json.loads(self.hf_config)), dtype=self.dtype)
+        return replace(Qwen3NextConfig.from_hf(self.hf_config), dtype=self.dtype)
 
     @property
     def vocab_size(self) -> int:
@@ -202,21 +203,21 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class ModelPart:
-    """What one framework's part of `model` returns; `decision` is "" where nothing was decided."""
+    """What one framework's part of `model` returns; `decision` is None where there was nothing to decide."""
 
     rows: tuple[ModelRow, ...]
-    decision: str
+    decision: FusionDecision | None
 
 
 @dataclass(frozen=True)
 class Result:
-    """`decisions` by part ("torch op"), as `FusionDecision.to_json`; `created` is UTC; `notes` say what is missing."""
+    """`decisions` by part ("torch op"); `created` is UTC; `notes` say what is missing."""
 
     schema_version: int
     created: str
     revision: str
     machine: Machine
-    decisions: dict[str, str]
+    decisions: dict[str, FusionDecision]
     notes: tuple[str, ...]
     op_spec: OpSpec | None
     op: tuple[OpRow, ...]

@@ -43,7 +43,7 @@ def run(plain: dict[str, Any]) -> dict[str, Any]:
         TorchEngine.open(session.runner) as engine,
     ):
         spec.check_pages(session.runner.num_pages)
-        return to_plain(ModelPart(tuple(measure(engine, spec)), session.decision.to_json()))
+        return to_plain(ModelPart(tuple(measure(engine, spec)), session.decision))
 
 
 class TorchEngine:

@@ -47,7 +47,7 @@ def run(plain: dict[str, Any]) -> dict[str, Any]:
         with torch.inference_mode():
             for num_tokens in sizes:
                 rows += measure_size(spec, num_tokens, parallel.attention, device, dtype)
-        return to_plain(OpPart(tuple(rows), parallel.decision.to_json()))
+        return to_plain(OpPart(tuple(rows), parallel.decision))
 
 
 class Inputs:

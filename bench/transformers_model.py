@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
@@ -28,7 +27,7 @@ def run(plain: dict[str, Any]) -> dict[str, Any]:
     transformers.logging.disable_progress_bar()
     model = _load(spec, plain["folder"])
     with torch.inference_mode():
-        return to_plain(ModelPart(tuple(measure(TransformersEngine(model, spec), spec)), ""))
+        return to_plain(ModelPart(tuple(measure(TransformersEngine(model, spec), spec)), None))
 
 
 def _load(spec: ModelSpec, folder: str) -> Any:
@@ -37,7 +36,7 @@ def _load(spec: ModelSpec, folder: str) -> Any:
     if spec.load_format == "safetensors":
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         return model.to(spec.device).eval()
-    config = transformers.AutoConfig.for_model(**json.loads(spec.hf_config))
+    config = transformers.AutoConfig.for_model(**spec.hf_config)
     with torch.device(spec.device):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -13,6 +12,7 @@ from bench.presets import PRESETS
 from bench.result import SCHEMA_VERSION, ModelRow, ModelSpec, OpRow, OpSpec, Result
 from bench.stats import Timing
 from shared_config import HardwareInfo
+from tests.fusion_ranks import decide
 
 
 def timing(median_us: float, spread: float = 0.05) -> Timing:
@@ -56,7 +56,7 @@ def model_spec(**changes: Any) -> ModelSpec:
         "frameworks": ("torch",),
         "tp": 2,
         "name": "80b, 48 layers",
-        "hf_config": json.dumps(PRESETS["80b"]),
+        "hf_config": PRESETS["80b"],
         "load_format": "dummy",
         "dtype": "bfloat16",
         "device": "cuda",
@@ -99,7 +99,7 @@ def result(*, op: tuple[OpRow, ...] | None = None, model: tuple[ModelRow, ...] |
         created="2026-01-01T00:00:00+00:00",
         revision="0123456789ab",
         machine=machine,
-        decisions={"torch op": "{}"},
+        decisions={"torch op": decide(2)},
         notes=("transformers not run",),
         op_spec=OpSpec(("torch",), 2, (8, 4096), 2048, "bfloat16", "cuda", 96, 10),
         op=op,

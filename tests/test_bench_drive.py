@@ -10,6 +10,7 @@ import pytest
 
 from bench.drive import decode_steps, make_sequences, measure, prefill_steps
 from bench.measuring import peer_refusal, weight_bytes, with_floors
+from bench.presets import PRESETS, with_layers
 from shared_config.results import Reductions
 from shared_config.scheduler import Sequence, Step
 from tests.bench_cases import model_spec, result
@@ -160,7 +161,5 @@ def test_the_peer_runs_only_where_its_weights_fit() -> None:
     machine = result().machine
     assert weight_bytes(model_spec().config) == pytest.approx(159e9, rel=0.03)  # 80 billion in bfloat16
     assert "GB of weights do not fit" in peer_refusal(model_spec(), machine)
-    small = model_spec(
-        hf_config=model_spec().hf_config.replace('"num_hidden_layers": 48', '"num_hidden_layers": 12')
-    )
+    small = model_spec(hf_config=with_layers(PRESETS["80b"], 12))
     assert peer_refusal(small, machine) == ""

@@ -86,6 +86,12 @@ def _set(plain: Any, place: str, value: Any) -> None:
         ),
         ("op/1/fused", True, r"Result.op\[1\].fused must be of type int, got True"),
         ("machine/versions/torch", 2, r"Result.machine.versions\['torch'\] must be of type str"),
+        (
+            "decisions/torch op/rules/0/passed",
+            1,
+            r"decisions\['torch op'\].rules\[0\].passed must be of type bool",
+        ),
+        ("decisions/torch op/rules/0/value", [], "value must be of type str"),
         ("model", {}, "Result.model must be of type list"),
         ("typo", 1, r"unknown \['typo'\]"),
     ],

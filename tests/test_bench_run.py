@@ -100,7 +100,7 @@ def test_everything_on_cpu(tmp_path: Path) -> None:
             assert row.communication_share
             assert 0 < row.communication_share < 1
     assert set(loaded.decisions) == {"torch op", "jax op", "torch model", "jax model"}
-    assert all(json.loads(decision)["enabled"] for decision in loaded.decisions.values())
+    assert all(decision.enabled for decision in loaded.decisions.values())
     assert loaded.notes == ()
 
     assert {file.name for file in out.iterdir()} == {"result.json", "op.png", "prefill.png", "decode.png"}
