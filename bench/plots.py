@@ -92,7 +92,9 @@ def _draw_model(result: Result, phase: str, rows: list[ModelRow], file: Path) ->
     cells = sorted({(row.length, row.batch) for row in rows})
     series = list(dict.fromkeys((row.framework, row.fusion) for row in rows))
     width = 0.8 / len(series)
-    figure, axes = plt.subplots(figsize=(max(7, 1.2 * len(cells) * len(series)), 5), layout="constrained")
+    figure, axes = plt.subplots(
+        figsize=(min(14, max(7, 1.2 * len(cells) * len(series))), 5), layout="constrained"
+    )
     hatches = {"torch": "", "jax": "//", "transformers": ".."}
     found = {(row.length, row.batch, row.framework, row.fusion): row for row in rows}
     for index, (framework, fusion) in enumerate(series):
