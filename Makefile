@@ -1,4 +1,4 @@
-# make demo            what fusion does here and why, then text from the trained checkpoint at TP=2
+# make demo            what fusion does here and why, text from the trained checkpoint at TP=2, parity with JAX
 # make demo CUDA=1     the same with the GPU packages (in .venv-cuda)
 # make test            everything that runs without a GPU
 # make lint            ruff and basedpyright
@@ -21,6 +21,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/python -m shared_config explain --model $(MODEL) --tp 2
 	$(BIN)/python -m core_torch generate --model $(MODEL) --tp 2 --max-tokens 96 --prompt "$(PROMPT)"
+	$(BIN)/python -m jax_bridge parity --model $(MODEL) --tp 2 --prompts 2 --max-tokens 48
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m "not gpu" -n 2
