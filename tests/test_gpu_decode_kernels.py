@@ -17,7 +17,8 @@ from torch import Tensor
 
 from core_torch.kernels import attention, causal_conv, gated_delta_rule, moe, norm
 from core_torch.kernels.gdn_decode import check_gdn_decode, gdn_decode, gdn_decode_plain
-from core_torch.kernels.moe_decode import check_moe_decode, routed_experts_decode
+from core_torch.kernels.moe_decode import check_moe_decode, route_decode, routed_experts_decode
+from core_torch.kernels.norm_rope import check_norm_rope, norm_rope, norm_rope_plain
 from core_torch.kernels.paged_decode import check_paged_decode, paged_decode_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
@@ -221,6 +222,7 @@ def experts(request: pytest.FixtureRequest) -> Moe:
 def test_moe_decode(experts: Moe, T: int) -> None:
     assert check_moe_decode(
         num_experts=experts.N,
+        top_k=experts.K,
         hidden_size=experts.D,
         intermediate_size=experts.I,
         dtype=torch.bfloat16,
@@ -264,6 +266,72 @@ def test_moe_decode_in_a_graph_follows_its_inputs(experts: Moe) -> None:
         assert torch.equal(out, routed_experts_decode(*fresh, experts.gate_up, experts.down))
 
 
+def pairs_of(tiles: Tensor) -> list[tuple[int, int]]:
+    """(expert, pair) of every place in a list of tiles."""
+    found = []
+    for expert, count, *pairs in tiles[1 : 1 + int(tiles[0, 0])].tolist():
+        assert 1 <= count <= 8
+        found += [(expert, pair) for pair in pairs[:count]]
+    return found
+
+
+@pytest.mark.parametrize(("N", "K"), [(16, 4), (512, 10), (600, 3), (7, 7)])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("shared", [False, True])
+def test_moe_route(N: int, K: int, normalize: bool, shared: bool) -> None:
+    for T in SIZES:
+        logits = randn(T, N + shared)
+        routing = route_decode(logits, num_experts=N, top_k=K, normalize=normalize)
+        weights, experts = moe.route(logits[:, :N], top_k=K, normalize=normalize)
+        chosen = routing.experts[:, :K].long()
+        # Equal logits may be chosen in any order, so the experts are compared by what they have.
+        assert torch.equal(logits.gather(1, chosen), logits.gather(1, experts))
+        assert all(len(set(row)) == K for row in chosen.tolist())
+        assert (routing.weights[:, :K].float() - weights.float()).abs().max() <= 2**-8 * weights.float().max()
+        if shared:
+            assert (routing.experts[:, K] == N).all()
+            assert distance(routing.weights[:, K], logits[:, N].sigmoid()) < 1e-3
+        flat = routing.experts.flatten().tolist()
+        assert sorted(pairs_of(routing.tiles)) == sorted((e, i) for i, e in enumerate(flat))
+
+
+def test_moe_decode_takes_the_shared_expert_as_one_more() -> None:
+    case = Moe(17, 4, 256, 32)  # 16 to choose from
+    x, logits = randn(33, 256), randn(33, 17)
+    routing = route_decode(logits, num_experts=16, top_k=4, normalize=True)
+    got = routed_experts_decode(
+        x, routing.weights, routing.experts, case.gate_up, case.down, tiles=routing.tiles
+    )
+    want = case.reference(x, routing.weights, routing.experts.long())
+    plain = moe.routed_experts(x, routing.weights, routing.experts.long(), case.gate_up, case.down)
+    assert_as_close(got, plain, want)
+    again = routed_experts_decode(x, routing.weights, routing.experts, case.gate_up, case.down)
+    assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize(
+    ("H", "G", "d", "R"), [(8, 1, 256, 64), (2, 1, 64, 16), (6, 2, 72, 32), (1, 1, 128, 128)]
+)
+@pytest.mark.parametrize("T", SIZES)
+def test_paged_norm_rope(T: int, H: int, G: int, d: int, R: int) -> None:
+    assert check_norm_rope(head_dim=d, rotary_dim=R, dtype=torch.bfloat16, device=torch.device("cuda")).usable
+    options = {"num_heads": H, "rotary_dim": R, "theta": 1e7, "eps": EPS, "weight_bias": 1.0}
+    weights = {"q_weight": randn(d) / 10, "k_weight": randn(d) / 10}
+    projected = randn(T, 2 * (H + G) * d)
+    positions, slots = torch.randint(0, 5000, (T,), device="cuda"), torch.randperm(160, device="cuda")[:T]
+    k, v = randn(2, 10, 16, G, d)
+    plain_k, plain_v = k.clone(), v.clone()
+    want = norm_rope_plain(projected, positions, slots, plain_k, plain_v, **weights, **options)
+    got = norm_rope(projected, positions, slots, k, v, **weights, **options)
+    assert torch.equal(v, plain_v)
+    # Sums of squares and powers may differ in the last bit of float32, so a few values in that of bfloat16.
+    for mine, theirs in ((got, want), (k, plain_k)):
+        assert distance(mine, theirs) < 1e-3
+        assert (mine == theirs).float().mean() > 0.98
+    short = norm_rope(projected, positions.int(), slots.int(), k, v, **weights, **options)
+    assert torch.equal(short, got)
+
+
 class Paged:
     """Sequences in shuffled pages; unused places of the caches are NaN."""
 
@@ -286,7 +354,7 @@ class Paged:
         self.lengths = torch.tensor(lengths, device="cuda")
         self.scale = d**-0.5
 
-    def run(self, **options: bool) -> Tensor:
+    def run(self, **options: Any) -> Tensor:
         return paged_decode_attention(
             self.q, self.k, self.v, self.tables, self.lengths, scale=self.scale, **options
         )
@@ -317,6 +385,16 @@ def test_paged_decode(H: int, G: int, d: int, page: int) -> None:
     for lengths in ((1,), (3, 63, 67), (1000, 1, 64, 5001), tuple(range(1, 68))):
         case = Paged(lengths, H, G, d, page)
         assert_as_close(case.run(), case.plain(), case.reference())
+
+
+def test_paged_decode_gates_its_result() -> None:
+    case = Paged((3, 63, 670), 8, 1, 256, 16)
+    projected = randn(3, 3 * 8 * 256)
+    gate = projected[:, 2048:4096]  # as it lies in the projection
+    got = paged_decode_attention(
+        case.q, case.k, case.v, case.tables, case.lengths, scale=case.scale, gate=gate
+    )
+    assert distance(got.flatten(1), case.run().flatten(1) * gate.sigmoid()) < 1e-3
 
 
 def test_paged_decode_bits_do_not_depend_on_the_batch_or_the_launch() -> None:
@@ -403,6 +481,12 @@ def time_moe(case: Moe, T: int) -> Iterator[Row]:
     yield "moe_decode", T, median_us(calls(routed_experts_decode)), moved
     yield "moe_decode without PDL", T, median_us(calls(routed_experts_decode, launch_with_pdl=False)), moved
     yield "moe plain (grouped_mm)", T, median_us(calls(moe.routed_experts)), moved
+    options = {"top_k": case.K, "normalize": True}
+    logits = [randn(T, case.N) for _ in batches]
+    us = median_us([partial(route_decode, x, num_experts=case.N, **options) for x in logits])
+    yield "moe_route", T, us, logits[0].nbytes
+    us = median_us([partial(moe.route, x, **options) for x in logits])
+    yield "moe route plain", T, us, logits[0].nbytes
 
 
 def time_paged(B: int, length: int) -> Iterator[Row]:
@@ -415,12 +499,19 @@ def time_paged(B: int, length: int) -> Iterator[Row]:
     q = randn(B, 8, 256)
     moved = B * length * 2 * 256 * 2.0
 
-    def call(table: Tensor, **options: bool) -> Callable[[], object]:
+    def call(table: Tensor, **options: Any) -> Callable[[], object]:
         return lambda: paged_decode_attention(q, k, v, table, lengths, scale=0.0625, **options)
 
     yield f"paged_decode, {length} tokens", B, median_us([call(t) for t in tables]), moved
     us = median_us([call(t, launch_with_pdl=False) for t in tables])
     yield f"paged_decode, {length} tokens, no PDL", B, us, moved
+    projected, positions = randn(B, 18 * 256), torch.arange(B, device="cuda")
+    inputs = (projected, positions, positions + 16, k, v)
+    options = {"num_heads": 8, "rotary_dim": 64, "theta": 1e7, "eps": EPS, "weight_bias": 1.0}
+    options |= {"q_weight": randn(256), "k_weight": randn(256)}
+    for name, function in (("norm_rope", norm_rope), ("norm_rope plain", norm_rope_plain)):
+        us = median_us([partial(function, *inputs, **options)] * 32)
+        yield name, B, us, float(projected.nbytes)
 
 
 def all_gdn() -> Iterator[Row]:

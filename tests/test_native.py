@@ -20,10 +20,12 @@ from core_torch.kernels import (
     moe_decode,
     native,
     norm,
+    norm_rope,
     paged_decode,
 )
 from core_torch.kernels.gdn_decode import check_gdn_decode, gdn_decode_plain
 from core_torch.kernels.moe_decode import check_moe_decode
+from core_torch.kernels.norm_rope import check_norm_rope
 from core_torch.kernels.paged_decode import check_paged_decode
 
 ARCH = "9.0a"
@@ -55,7 +57,7 @@ def test_a_library_is_named_by_what_it_was_made_from(tmp_path: Path, monkeypatch
 
 
 def test_an_unknown_module_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'gdn'.*gdn_decode, moe_decode, paged_decode"):
+    with pytest.raises(ValueError, match=r"'gdn'.*gdn_decode, moe_decode, norm_rope, paged_decode"):
         native.library_name("gdn", ARCH)
 
 
@@ -156,7 +158,8 @@ needs_nvcc = pytest.mark.skipif(
     ("name", "functions"),
     [
         ("gdn_decode", ["gdn_decode"]),
-        ("moe_decode", ["moe_group", "moe_decode"]),
+        ("moe_decode", ["moe_route", "moe_group", "moe_decode"]),
+        ("norm_rope", ["norm_rope"]),
         ("paged_decode", ["paged_decode"]),
     ],
 )
@@ -188,9 +191,21 @@ def test_flashinfer_loads_a_prebuilt_module(
 
 
 GDN = {"num_k_heads": 8, "num_v_heads": 16, "k_dim": 128, "v_dim": 128, "taps": 4, "dtype": torch.bfloat16}
-MOE = {"num_experts": 512, "hidden_size": 2048, "intermediate_size": 256, "dtype": torch.bfloat16}
+MOE = {
+    "num_experts": 512,
+    "top_k": 10,
+    "hidden_size": 2048,
+    "intermediate_size": 256,
+    "dtype": torch.bfloat16,
+}
 PAGED = {"num_heads": 8, "num_kv_heads": 1, "head_dim": 256, "max_num_seqs": 64, "dtype": torch.bfloat16}
-CHECKS = [(check_gdn_decode, GDN), (check_moe_decode, MOE), (check_paged_decode, PAGED)]
+ROPE = {"head_dim": 256, "rotary_dim": 64, "dtype": torch.bfloat16}
+CHECKS = [
+    (check_gdn_decode, GDN),
+    (check_moe_decode, MOE),
+    (check_paged_decode, PAGED),
+    (check_norm_rope, ROPE),
+]
 
 
 @pytest.mark.parametrize(("check", "shapes"), CHECKS)
@@ -218,12 +233,16 @@ def test_real_shapes_are_taken(check: Any, shapes: dict[str, Any], monkeypatch: 
         (*CHECKS[0], {"num_v_heads": 8 * 16}, "2048"),
         (*CHECKS[1], {"dtype": torch.float16}, "float16"),
         (*CHECKS[1], {"num_experts": 1025}, "1025"),
+        (*CHECKS[1], {"top_k": 33}, "33"),
         (*CHECKS[1], {"hidden_size": 2044}, "2044"),
         (*CHECKS[1], {"intermediate_size": 12}, "12"),
         (*CHECKS[2], {"dtype": torch.float32}, "float32"),
         (*CHECKS[2], {"head_dim": 96}, "96"),
         (*CHECKS[2], {"num_heads": 9}, "9"),
         (*CHECKS[2], {"max_num_seqs": 1025}, "1025"),
+        (*CHECKS[3], {"dtype": torch.float32}, "float32"),
+        (*CHECKS[3], {"head_dim": 264}, "264"),
+        (*CHECKS[3], {"rotary_dim": 24}, "24"),
     ],
 )
 def test_other_shapes_are_refused_with_the_number(
@@ -245,6 +264,7 @@ def test_other_shapes_are_refused_with_the_number(
         ("gdn_decode", "kMaxClusterUnits", gdn_decode.MAX_UNITS),
         ("moe_decode", "kMaxExperts", moe_decode.MAX_EXPERTS),
         ("moe_decode", "kRecord", moe_decode.RECORD),
+        ("norm_rope", "kMaxDim", norm_rope.MAX_DIM),
         ("paged_decode", "kMaxGroup", paged_decode.MAX_GROUP),
         ("paged_decode", "kMaxSequences", paged_decode.MAX_SEQUENCES),
         ("paged_decode", "kMaxSplits", paged_decode.MAX_SPLITS),

@@ -48,12 +48,14 @@ def paged_decode_attention(
     lengths: Tensor,
     *,
     scale: float,
+    gate: Tensor | None = None,
     launch_with_pdl: bool = True,
 ) -> Tensor:
     """One token each: q [B, H, d], page_tables [B, P], lengths [B] (the new token counted) -> [B, H, d].
 
-    The caches are [pages, page_size, G, d]; tables and lengths int32 or int64, alike. Capturable: the launches depend
-    on P, the work on the lengths, and a sequence's bits on nothing but its own length and values.
+    The caches are [pages, page_size, G, d]; tables and lengths int32 or int64, alike; `gate` [B, H d] multiplies the
+    result by its sigmoid. Capturable: the launches depend on P, the work on the lengths, and a sequence's bits on
+    nothing but its own length and values.
     """
     B, H, d = q.shape
     page_size, G = k_cache.shape[1:3]
@@ -62,6 +64,6 @@ def paged_decode_attention(
     sums = q.new_empty(B, G, splits, MAX_GROUP, 2, dtype=torch.float32)
     out = q.new_empty(B, H, d)
     native.function("paged_decode", q.device)(
-        q, k_cache, v_cache, page_tables, lengths, values, sums, out, scale, launch_with_pdl
+        q, k_cache, v_cache, page_tables, lengths, values, sums, out, gate, scale, launch_with_pdl
     )
     return out

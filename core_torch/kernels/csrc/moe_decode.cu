@@ -1,7 +1,8 @@
-// TVM-FFI: moe_group(experts, tiles, num_experts, launch_with_pdl)
+// TVM-FFI: moe_route(logits, weights, experts, tiles, num_experts, normalize, launch_with_pdl)
+//          moe_group(experts, tiles, num_experts, launch_with_pdl)
 //          moe_decode(x, weights, experts, tiles, gate_up, down, hidden, parts, out, launch_with_pdl)
 //
-// `moe_group` writes the list of tiles that `moe_decode` works through; tiles int32 [T K + 1, 16], hidden bfloat16
+// `moe_route`, or `moe_group` where the choice is made already, writes the list of tiles that `moe_decode` works through; tiles int32 [T K + 1, 16], hidden bfloat16
 // [T K, I] and parts float32 [T K, D] are scratch. On TVM-FFI's current stream; nothing is allocated.
 
 #include "host.cuh"
@@ -27,6 +28,31 @@ void run_group(TensorView experts, TensorView tiles, int64_t num_experts, bool l
   const Group params = grouping(experts, tiles, num_experts);
   tvm::ffi::CUDADeviceGuard guard(experts.device().device_id);
   launch({dim3(1), dim3(kGroupThreads), current_stream(experts), launch_with_pdl}, group, params);
+}
+
+void run_route(TensorView logits, TensorView weights, TensorView experts, TensorView tiles, int64_t num_experts,
+               bool normalize, bool launch_with_pdl) {
+  const int64_t shared = logits.ndim() == 2 ? logits.size(1) - num_experts : -1;
+  if (shared != 0 && shared != 1) {
+    TVM_FFI_THROW(ValueError) << "logits must be [T, " << num_experts << "], or one wider with the shared expert's gate";
+  }
+  const Group grouping_params = grouping(experts, tiles, num_experts + shared);
+  const int64_t T = experts.size(0), K = experts.size(1) - shared;
+  check_rows(logits, "logits", {T, num_experts + shared});
+  check_dense(weights, "weights", {T, K + shared});
+  check_dtype(logits, "logits", kBFloat16);
+  check_dtype(weights, "weights", kBFloat16);
+  check_dtype(experts, "experts", kInt32);
+  check_devices({logits, weights, experts, tiles});
+  if (K < 1 || K > num_experts || K + shared > kWarp) {
+    TVM_FFI_THROW(ValueError) << "1 to " << kWarp - shared << " of " << num_experts << " experts can be chosen, got " << K;
+  }
+  const Route params{data<bf16>(logits), logits.stride(0), data<bf16>(weights), data<int32_t>(experts),
+                     grouping_params.tiles, static_cast<int>(T), static_cast<int>(num_experts), static_cast<int>(K),
+                     normalize, shared == 1};
+  tvm::ffi::CUDADeviceGuard guard(logits.device().device_id);
+  auto kernel = num_experts <= 16 * kWarp ? route<16> : route<32>;
+  launch({dim3(1), dim3(kGroupThreads), current_stream(logits), launch_with_pdl}, kernel, params);
 }
 
 void run_experts(TensorView x, TensorView weights, TensorView experts, TensorView tiles, TensorView gate_up_weight,
@@ -75,5 +101,6 @@ void run_experts(TensorView x, TensorView weights, TensorView experts, TensorVie
 
 }  // namespace crossfuse::moe
 
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_route, crossfuse::moe::run_route);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_group, crossfuse::moe::run_group);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_decode, crossfuse::moe::run_experts);

@@ -1,4 +1,4 @@
-// TVM-FFI: paged_decode(q, k, v, tables, lengths, values, sums, out, scale, launch_with_pdl)
+// TVM-FFI: paged_decode(q, k, v, tables, lengths, values, sums, out, gate, scale, launch_with_pdl)
 //
 // values float32 [B, G, S, 8, d] and sums float32 [B, G, S, 8, 2] are scratch, with S = min(64, the 64-token blocks of a
 // table's pages). On TVM-FFI's current stream; nothing is allocated.
@@ -17,7 +17,7 @@ void start(const Params& params, int64_t most_items, unsigned multiprocessors, c
 }
 
 void run(TensorView q, TensorView k, TensorView v, TensorView tables, TensorView lengths, TensorView values,
-         TensorView sums, TensorView out, double scale, bool launch_with_pdl) {
+         TensorView sums, TensorView out, tvm::ffi::Optional<TensorView> gate, double scale, bool launch_with_pdl) {
   check_rows(q, "q", {-1, -1, -1});
   const int64_t B = q.size(0), H = q.size(1), d = q.size(2);
   check_dense(k, "k", {-1, -1, -1, d});
@@ -41,13 +41,19 @@ void run(TensorView q, TensorView k, TensorView v, TensorView tables, TensorView
     TVM_FFI_THROW(ValueError) << "q must have at most " << kMaxSequences << " rows, 1 to 8 heads for each of " << G
                               << " KV heads, and head_dim 64, 128 or 256; got [" << B << ", " << H << ", " << d << "]";
   }
+  if (gate.has_value()) {
+    check_rows(gate.value(), "gate", {B, H * d});
+    check_dtype(gate.value(), "gate", kBFloat16);
+    check_devices({q, gate.value()});
+  }
   if (q.stride(0) % 8 != 0) TVM_FFI_THROW(ValueError) << "q's rows must begin at multiples of 16 bytes";
   if (B == 0) return;
 
   const Params params{data<bf16>(q), data<bf16>(k), data<bf16>(v), tables.data_ptr(), lengths.data_ptr(),
                       is(tables, kInt64), q.stride(0), tables.stride(0), tables.stride(1), lengths.stride(0),
-                      data<float>(values), data<float2>(sums), data<bf16>(out), static_cast<int>(B),
-                      static_cast<int>(H), static_cast<int>(G), static_cast<int>(page_size), static_cast<int>(splits),
+                      data<float>(values), data<float2>(sums), data<bf16>(out),
+                      gate.has_value() ? data<bf16>(gate.value()) : nullptr,
+                      gate.has_value() ? gate.value().stride(0) : 0, static_cast<int>(B), static_cast<int>(H), static_cast<int>(G), static_cast<int>(page_size), static_cast<int>(splits),
                       static_cast<float>(scale * 1.4426950408889634)};
   tvm::ffi::CUDADeviceGuard guard(q.device().device_id);
   auto begin = d == 64 ? start<64> : d == 128 ? start<128> : start<256>;

@@ -7,7 +7,7 @@
 //
 //   attend   a block takes chunks (any sequence, any KV head) until all are done: for each the maximum, the sum of
 //            weights and the weighted values
-//   combine  one block a head and sequence: the chunks' results in their order
+//   combine  one block a head and sequence: the chunks' results in their order, times sigmoid(gate) if there is one
 //
 // A lane loads 16 bytes of keys to registers, and of values to shared memory that only it reads; the tensor cores' layouts
 // are met by permuting head_dim, alike in q and k, and in v and the result.
@@ -33,6 +33,8 @@ struct Params {
   float* values;  // [B, G, kMaxSplits or fewer, 8, d], not divided by the sums
   float2* sums;   // [B, G, splits, 8]: maximum (of scores in powers of two) and sum of weights
   bf16* out;      // [B, H, d]
+  const bf16* gate;  // [B, H d] or null
+  int64_t gate_stride;
   int B, H, G, page_size, splits;
   float scale;  // times log2(e)
 };
@@ -289,8 +291,14 @@ __global__ void __launch_bounds__(kDim) combine(const __grid_constant__ Params p
     all = make_float4(all.x + other.x, all.y + other.y, all.z + other.z, all.w + other.w);
   }
   const float factor = chunks > 0 ? 1.0f / total : 0.0f;
+  float result[4] = {all.x * factor, all.y * factor, all.z * factor, all.w * factor};
+  if (p.gate != nullptr) {  // rounded where the plain path rounds
+    const bf16* gate = p.gate + sequence * p.gate_stride + head * kDim + lane * 4;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) result[j] = round_bf16(result[j]) * round_bf16(sigmoid(to_float(gate[j])));
+  }
   *reinterpret_cast<uint2*>(p.out + (static_cast<int64_t>(sequence) * p.H + head) * kDim + lane * 4) =
-      make_uint2(pack_bf16(all.x * factor, all.y * factor), pack_bf16(all.z * factor, all.w * factor));
+      make_uint2(pack_bf16(result[0], result[1]), pack_bf16(result[2], result[3]));
 }
 
 }  // namespace crossfuse::paged
