@@ -43,7 +43,8 @@ class DecodeGraphs:
         self.buckets = decode_buckets(settings.max_num_seqs, deterministic=settings.deterministic)
         self._counts = [group.counts for group in (parallel.attention, parallel.mlp)]
         self._inputs: dict[int, torch.Tensor] = {}
-        self._batches: dict[int, Batch] = {}  # a graph reads its tensors by address: they must outlive the capture
+        # A graph reads its inputs by address: every tensor of the captured batch must outlive the capture.
+        self._batches: dict[int, Batch] = {}
         self._logits: dict[int, torch.Tensor] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._captured: dict[int, list[ReductionCounts]] = {}
