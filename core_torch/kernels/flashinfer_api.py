@@ -17,6 +17,8 @@ from packaging.version import Version
 from torch import Tensor
 
 from core_torch.kernels.comm import CommBackend
+from core_torch.kernels.flashinfer_modules import use_prebuilt
+from core_torch.kernels.native import device_arch
 from shared_config import FlashInferInfo
 
 # flashinfer/comm/trtllm_ar.py, 0.7.2: flags per rank, the largest one-shot message, and the MiB up to which
@@ -120,7 +122,9 @@ class FlashInferApi:
                 "pip install 'flashinfer-python>=0.7.2'"
             )
         self.info = info
-        self.comm = importlib.import_module("flashinfer.comm") if comm_module is None else comm_module
+        self.comm = comm_module or importlib.import_module("flashinfer.comm")
+        if comm_module is None and torch.cuda.is_available():
+            use_prebuilt("trtllm_comm", device_arch(torch.device("cuda")))
 
     @property
     def takes_weight_bias(self) -> bool:
