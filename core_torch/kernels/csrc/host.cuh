@@ -98,7 +98,7 @@ struct Launch {
   dim3 grid, block;
   cudaStream_t stream;
   bool overlap;  // may start while the previous kernel on the stream ends (programmatic dependent launch)
-  unsigned cluster = 1;
+  unsigned cluster = 0;  // blocks of a cluster; 0: the kernel uses none
 };
 
 template <typename... Params, typename... Args>
@@ -114,7 +114,7 @@ void launch(const Launch& how, void (*kernel)(Params...), Args... args) {
   config.blockDim = how.block;
   config.stream = how.stream;
   config.attrs = attributes;
-  config.numAttrs = how.cluster > 1 ? 2 : 1;
+  config.numAttrs = how.cluster > 0 ? 2 : 1;
   TVM_FFI_CHECK_CUDA_ERROR(cudaLaunchKernelEx(&config, kernel, Params(args)...));
 }
 
