@@ -1,4 +1,4 @@
-// Small device functions that the kernels share: bfloat16 pairs, loads, tensor-core products, grids and clusters.
+// Small device functions that the kernels share: bfloat16 pairs, loads, tensor-core products, clusters.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -28,16 +28,18 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 
-__device__ __forceinline__ float quarter(const float4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
+__device__ __forceinline__ float quarter(const float4& x, int i) {
+  return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+}
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Starts to copy 16 bytes into shared memory, past the L1 cache; zeros unless `valid`. No registers wait for them.
+// Starts to copy 16 bytes into shared memory, past L1 and without registers; zeros unless `valid`.
 __device__ __forceinline__ void copy_async(uint4* target, const void* source, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source),
-               "r"(valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(target)),
+               "l"(source), "r"(valid ? 16 : 0)
                : "memory");
 }
 // Ends a group of copies.
@@ -61,12 +63,13 @@ __device__ __forceinline__ float4 as_floats(const uint4& x) {
   return make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w));
 }
 
-// sum[16 x 8] += a[16 x 16] b[16 x 8], float32 += bfloat16 * bfloat16, over one warp. With g = lane / 4, c = lane % 4:
+// sum[16 x 8] += a[16 x 16] b[16 x 8], float32 += bfloat16 * bfloat16, over one warp. With g = lane / 4 and
+// c = lane % 4:
 //   a0: row g, columns 2c, 2c+1    a1: row g + 8, the same    a2, a3: as a0, a1, columns + 8
 //   b0: rows 2c, 2c+1 of column g  b1: rows + 8
 //   sum: [g, 2c], [g, 2c+1], [g + 8, 2c], [g + 8, 2c+1]
-__device__ __forceinline__ void multiply_add(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                             uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void multiply_add(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                             uint32_t a3, uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
@@ -74,10 +77,14 @@ __device__ __forceinline__ void multiply_add(float (&sum)[4], uint32_t a0, uint3
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Programmatic dependent launch. Every thread of every kernel here waits before its first access to memory, so that
-// a kernel's end implies the end of all before it; no effect when the launch did not ask for overlap.
-__device__ __forceinline__ void wait_for_previous_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_next_grid_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// Programmatic dependent launch. Every thread of every kernel here waits before its first access to memory,
+// so that a kernel's end implies the end of all before it; no effect when the launch did not ask for overlap.
+__device__ __forceinline__ void wait_for_previous_grid() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+__device__ __forceinline__ void let_next_grid_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 
 // Clusters: a few blocks on neighbouring multiprocessors that can write into each other's shared memory.
 __device__ __forceinline__ int cluster_rank() {
@@ -90,26 +97,35 @@ __device__ __forceinline__ int cluster_size() {
   asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return static_cast<int>(size);
 }
-// A meeting of all threads of a cluster, in two halves; it orders no memory but what the fence below does.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// A meeting of all threads of a cluster, in two halves. It orders only what the mailbox's fence does.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
-// A mailbox in shared memory: a barrier that opens when `bytes` have come from blocks of the cluster. One thread makes
-// it before the cluster's first meeting; others may send after that.
+// A mailbox in shared memory: a barrier that opens when `bytes` have come from blocks of the cluster. One
+// thread makes it before the cluster's first meeting; others may send after that.
 __device__ __forceinline__ void make_mailbox(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
                : "memory");
 }
 
 // Writes block `rank`'s copy of `address` and tells that block's copy of `barrier`.
 __device__ __forceinline__ void send(float* address, uint64_t* barrier, int rank, float value) {
   uint32_t there, mailbox;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(address)), "r"(rank));
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mailbox) : "r"(shared_address(barrier)), "r"(rank));
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(there), "f"(value),
-               "r"(mailbox)
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(there)
+               : "r"(shared_address(address)), "r"(rank));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(mailbox)
+               : "r"(shared_address(barrier)), "r"(rank));
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(there),
+               "f"(value), "r"(mailbox)
                : "memory");
 }
 

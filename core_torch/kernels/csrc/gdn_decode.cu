@@ -18,15 +18,17 @@ void run(TensorView projected, TensorView conv, TensorView state, TensorView slo
   const int64_t B = projected.size(0), HV = state.size(1), dk = state.size(2), dv = state.size(3);
   const int64_t C = conv.size(1), value = HV * dv;
   const int64_t H = (C - value) / (2 * dk);
-  if (H < 1 || 2 * H * dk + value != C || HV % H != 0 || dk % 8 != 0 || dv % 8 != 0 || dk > kMaxKeyDim || dv > kMaxValueDim ||
-      conv.size(2) != kTaps - 1) {
-    TVM_FFI_THROW(ValueError) << "conv and state must be [slots, 2 H dk + HV dv, 3] and [slots, HV, dk, dv] with HV"
-                                 " a multiple of H, and dk, dv multiples of 8 up to 128 and 256; got ["
-                              << conv.size(0) << ", " << C << ", " << conv.size(2) << "] and [" << state.size(0) << ", "
-                              << HV << ", " << dk << ", " << dv << "]";
+  if (H < 1 || 2 * H * dk + value != C || HV % H != 0 || dk % 8 != 0 || dv % 8 != 0 || dk > kMaxKeyDim ||
+      dv > kMaxValueDim || conv.size(2) != kTaps - 1) {
+    TVM_FFI_THROW(ValueError)
+        << "conv and state must be [slots, 2 H dk + HV dv, 3] and [slots, HV, dk, dv] with HV"
+           " a multiple of H, and dk, dv multiples of 8 up to 128 and 256; got ["
+        << conv.size(0) << ", " << C << ", " << conv.size(2) << "] and [" << state.size(0) << ", " << HV
+        << ", " << dk << ", " << dv << "]";
   }
   check_rows(projected, "projected", {-1, C + value + 2 * HV});
-  if (slots.ndim() != 1 || slots.size(0) != B) TVM_FFI_THROW(ValueError) << "slots must have one element a row";
+  if (slots.ndim() != 1 || slots.size(0) != B)
+    TVM_FFI_THROW(ValueError) << "slots must have one element a row";
   check_dense(conv_weight, "conv_weight", {C, kTaps});
   check_dense(a_log, "a_log", {HV});
   check_dense(dt_bias, "dt_bias", {HV});
@@ -45,7 +47,8 @@ void run(TensorView projected, TensorView conv, TensorView state, TensorView slo
 
   const int64_t units = HV / H * divide_up(dv, kUnitColumns);
   if (units > kMaxClusterUnits) {
-    TVM_FFI_THROW(ValueError) << "HV / H * ceil(dv / 32) must be at most " << kMaxClusterUnits << ", got " << units;
+    TVM_FFI_THROW(ValueError) << "HV / H * ceil(dv / 32) must be at most " << kMaxClusterUnits << ", got "
+                              << units;
   }
   int64_t per_block = units_per_block;
   while (divide_up(units, per_block) > 8) per_block *= 2;
@@ -54,15 +57,17 @@ void run(TensorView projected, TensorView conv, TensorView state, TensorView slo
   }
   if (B == 0) return;
 
-  const Params params{data<bf16>(projected), projected.stride(0), data<bf16>(conv), data<float>(state),
-                      slots.data_ptr(), is(slots, kInt64), slots.stride(0), data<bf16>(conv_weight),
-                      data<float>(a_log), data<float>(dt_bias), data<bf16>(norm_weight), data<bf16>(out),
-                      static_cast<int>(H), static_cast<int>(HV), static_cast<int>(dk), static_cast<int>(dv), static_cast<float>(eps)};
+  const Params params{data<bf16>(projected), projected.stride(0),     data<bf16>(conv),
+                      data<float>(state),    slots.data_ptr(),        is(slots, kInt64),
+                      slots.stride(0),       data<bf16>(conv_weight), data<float>(a_log),
+                      data<float>(dt_bias),  data<bf16>(norm_weight), data<bf16>(out),
+                      static_cast<int>(H),   static_cast<int>(HV),    static_cast<int>(dk),
+                      static_cast<int>(dv),  static_cast<float>(eps)};
   const unsigned cluster = static_cast<unsigned>(divide_up(units, per_block));
   tvm::ffi::CUDADeviceGuard guard(projected.device().device_id);
   const Launch how{dim3(cluster * static_cast<unsigned>(H), static_cast<unsigned>(B)),
-                   dim3(static_cast<unsigned>(per_block) * kUnitThreads), current_stream(projected), launch_with_pdl,
-                   cluster};
+                   dim3(static_cast<unsigned>(per_block) * kUnitThreads), current_stream(projected),
+                   launch_with_pdl, cluster};
   auto kernel = dk <= 32 ? decode<2> : dk <= 64 ? decode<4> : decode<8>;
   launch(how, kernel, params);
 }

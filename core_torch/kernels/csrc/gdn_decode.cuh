@@ -1,15 +1,17 @@
-// Gated DeltaNet for sequences of one token each: causal convolution, gates, gated delta rule and gated norm in one
-// kernel. What it computes, and where it rounds, is `gdn_decode_plain` in ../gdn_decode.py.
+// Gated DeltaNet for sequences of one token each: causal convolution, gates, gated delta rule and gated norm
+// in one kernel. What it computes, and where it rounds, is `gdn_decode_plain` in ../gdn_decode.py.
 //
-// Shapes: B sequences, H key heads, HV value heads, dk, dv head dims, C = 2 H dk + HV dv channels, K = 4 taps. A state
-// [dk, dv] is read and written once, in float32, and its columns are independent but for the norm:
+// Shapes: B sequences, H key heads, HV value heads, dk, dv head dims, C = 2 H dk + HV dv channels, K = 4
+// taps. A state [dk, dv] is read and written once, in float32, and its columns are independent but for the
+// norm:
 //
-//   unit     128 threads: 32 columns of the state of one value head; thread (row lane, column lane) holds 4 columns of
-//            every 16th row in registers
+//   unit     128 threads: 32 columns of the state of one value head; thread (row lane, column lane) holds 4
+//            columns of every 16th row in registers
 //   block    1, 2 or 4 units
-//   cluster  all units of the HV / H value heads that share a key head. They need the same convolved q and k, which
-//            each block computes for itself; the old inputs may be overwritten when all have read them, and the norm
-//            needs the squares of a whole head: a mailbox in each block's shared memory waits for both.
+//   cluster  all units of the HV / H value heads that share a key head. They need the same convolved q and k,
+//            which each block computes for itself; old inputs may be overwritten when all have read them,
+//            and the norm needs the squares of a whole head: a mailbox in each block's shared memory waits for
+//            both.
 //
 // A sum's order depends on none of B, the block or the cluster.
 #pragma once
@@ -27,8 +29,8 @@ constexpr float kL2Eps = 1e-6f;
 struct Params {
   const bf16* projected;  // [B, C + HV dv + 2 HV]: q, k, v, z, b, a
   int64_t projected_stride;
-  bf16* conv;   // [slots + 1, C, K - 1], oldest first
-  float* state;  // [slots + 1, HV, dk, dv]
+  bf16* conv;         // [slots + 1, C, K - 1], oldest first
+  float* state;       // [slots + 1, HV, dk, dv]
   const void* slots;  // [B]; a row of slot 0 or less is padding: it starts from nothing and leaves nothing
   bool wide_slots;    // int64, not int32
   int64_t slots_stride;
@@ -42,7 +44,7 @@ struct Params {
 };
 
 struct Shared {
-  float q[kMaxKeyDim], k[kMaxKeyDim];           // normalised; q scaled
+  float q[kMaxKeyDim], k[kMaxKeyDim];        // normalised; q scaled
   bf16 inputs[2][kMaxKeyDim * (kTaps - 1)];  // the new convolution states of q and k
   float v[kMaxUnits][kUnitColumns], gate[kMaxUnits][kUnitColumns], norm_weight[kMaxUnits][kUnitColumns];
   float decay[kMaxUnits], beta[kMaxUnits];
@@ -58,7 +60,7 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// One channel of the convolution. Loading has no branches, so that several channels' loads are under way at once.
+// One channel of the convolution. Loading has no branches: several channels' loads are under way at once.
 struct Channel {
   bf16 window[kTaps];  // the last is the new input
   uint2 weight;
@@ -88,13 +90,14 @@ struct Channel {
 
 // One warp: the dk channels of q or k of one head, convolved, l2-normalised and scaled.
 template <int kRows>
-__device__ __forceinline__ void prepare_key(const Params& p, int64_t row, int64_t slot, int first_channel, float scale,
-                                            float* normed, bf16* inputs) {
+__device__ __forceinline__ void prepare_key(const Params& p, int64_t row, int64_t slot, int first_channel,
+                                            float scale, float* normed, bf16* inputs) {
   constexpr int kChannels = (kRows * kRowLanes + kWarp - 1) / kWarp;
   const int lane = threadIdx.x % kWarp;
   Channel channel[kChannels];
 #pragma unroll
-  for (int i = 0; i < kChannels; ++i) channel[i].load(p, row, slot, first_channel + min(lane + i * kWarp, p.dk - 1));
+  for (int i = 0; i < kChannels; ++i)
+    channel[i].load(p, row, slot, first_channel + min(lane + i * kWarp, p.dk - 1));
   float value[kChannels], square = 0.0f;
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) {
@@ -112,7 +115,7 @@ __device__ __forceinline__ void prepare_key(const Params& p, int64_t row, int64_
 }
 
 template <int kRows>  // of the state, in one thread: dk <= 16 kRows
-__global__ void __launch_bounds__(kMaxUnits * kUnitThreads) decode(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kMaxUnits* kUnitThreads) decode(const __grid_constant__ Params p) {
   __shared__ __align__(16) Shared shared;
   const int group = p.HV / p.H, blocks = (p.dv + kUnitColumns - 1) / kUnitColumns;
   if (threadIdx.x == 0) make_mailbox(&shared.mailbox, group * blocks * sizeof(float));
@@ -124,7 +127,8 @@ __global__ void __launch_bounds__(kMaxUnits * kUnitThreads) decode(const __grid_
   const int rank = cluster_rank();
   const int cluster_unit = rank * (blockDim.x / kUnitThreads) + unit;
   const bool has_unit = cluster_unit < group * blocks;
-  const int key_head = blockIdx.x / cluster_size(), head = key_head * group + (has_unit ? cluster_unit / blocks : 0);
+  const int key_head = blockIdx.x / cluster_size(),
+            head = key_head * group + (has_unit ? cluster_unit / blocks : 0);
   const int first_column = has_unit ? cluster_unit % blocks * kUnitColumns : 0;
   const int column = first_column + lane % 8 * 4, first_row = part * 4 + lane / 8;
   const bool has_column = has_unit && column < p.dv;
@@ -146,8 +150,8 @@ __global__ void __launch_bounds__(kMaxUnits * kUnitThreads) decode(const __grid_
   const bf16* projected = p.projected + row * p.projected_stride;
   if (unit == 0 && part < 2) {
     const float scale = part == 0 ? 1.0f / sqrtf(static_cast<float>(p.dk)) : 1.0f;
-    prepare_key<kRows>(p, row, slot, part * key_channels + key_head * p.dk, scale, part == 0 ? shared.q : shared.k,
-                       shared.inputs[part]);
+    prepare_key<kRows>(p, row, slot, part * key_channels + key_head * p.dk, scale,
+                       part == 0 ? shared.q : shared.k, shared.inputs[part]);
   } else if (part == 2) {
     const int c = min(first_column + lane, p.dv - 1), channel = 2 * key_channels + head * p.dv + c;
     Channel value;
@@ -169,7 +173,7 @@ __global__ void __launch_bounds__(kMaxUnits * kUnitThreads) decode(const __grid_
   }
   __syncthreads();
 
-  // k^T S, q^T S and q^T k: q reads the new state S + k c^T as q^T S + (q^T k) c^T, so one pass over S is enough.
+  // k^T S, q^T S and q^T k. q reads the new state S + k c^T as q^T S + (q^T k) c^T: one pass over S will do.
   const float decay = shared.decay[unit];
   float with_k[4] = {}, with_q[4] = {}, qk = 0.0f;
 #pragma unroll
@@ -218,7 +222,8 @@ __global__ void __launch_bounds__(kMaxUnits * kUnitThreads) decode(const __grid_
     output[j] = has_column ? round_bf16(read + all_qk * correction[j]) : 0.0f;
   }
 
-  float square = output[0] * output[0] + output[1] * output[1] + output[2] * output[2] + output[3] * output[3];
+  float square =
+      output[0] * output[0] + output[1] * output[1] + output[2] * output[2] + output[3] * output[3];
 #pragma unroll
   for (int step = 1; step < 8; step *= 2) square += __shfl_xor_sync(kAllLanes, square, step);
   cluster_wait();
@@ -233,8 +238,8 @@ __global__ void __launch_bounds__(kMaxUnits * kUnitThreads) decode(const __grid_
       if (r < p.dk) {
         const float key = shared.k[r];
         __stcs(reinterpret_cast<float4*>(state + r * p.dv),
-               make_float4(s[i].x + key * correction[0], s[i].y + key * correction[1], s[i].z + key * correction[2],
-                           s[i].w + key * correction[3]));
+               make_float4(s[i].x + key * correction[0], s[i].y + key * correction[1],
+                           s[i].z + key * correction[2], s[i].w + key * correction[3]));
       }
     }
   }
@@ -256,7 +261,8 @@ __global__ void __launch_bounds__(kMaxUnits * kUnitThreads) decode(const __grid_
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int c = lane * 4 + j;
-      gated[j] = round_bf16(shared.norm_weight[unit][c] * round_bf16(output[j] * factor)) * shared.gate[unit][c];
+      gated[j] =
+          round_bf16(shared.norm_weight[unit][c] * round_bf16(output[j] * factor)) * shared.gate[unit][c];
     }
     *reinterpret_cast<uint2*>(p.out + (row * p.HV + head) * p.dv + column) =
         make_uint2(pack_bf16(gated[0], gated[1]), pack_bf16(gated[2], gated[3]));

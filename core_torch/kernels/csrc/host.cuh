@@ -24,7 +24,7 @@ inline bool is(TensorView x, DLDataType dtype) {
 
 inline bool is_index(TensorView x) { return is(x, kInt32) || is(x, kInt64); }
 
-// Raises ValueError unless `x` has this shape (-1: any size) and dense rows; its first stride may be anything.
+// Raises ValueError unless `x` has this shape (-1: any size) and dense rows; its first stride may be any.
 inline void check_rows(TensorView x, const char* name, std::initializer_list<int64_t> shape) {
   bool fits = x.ndim() == static_cast<int32_t>(shape.size());
   int64_t dense = 1;
@@ -39,7 +39,8 @@ inline void check_rows(TensorView x, const char* name, std::initializer_list<int
     for (int i = 0; i < x.ndim(); ++i) {
       got += std::to_string(x.size(i)) + " (stride " + std::to_string(x.stride(i)) + ") ";
     }
-    TVM_FFI_THROW(ValueError) << name << " must have dense rows and shape [ " << wanted << "], got [ " << got << "]";
+    TVM_FFI_THROW(ValueError) << name << " must have dense rows and shape [ " << wanted << "], got [ " << got
+                              << "]";
   }
 }
 
@@ -63,7 +64,8 @@ inline void check_dtype(TensorView x, const char* name, DLDataType dtype) {
 
 inline void check_index(TensorView x, const char* name) {
   if (!is_index(x)) {
-    TVM_FFI_THROW(TypeError) << name << " must be int32 or int64, got " << tvm::ffi::DLDataTypeToString(x.dtype());
+    TVM_FFI_THROW(TypeError) << name << " must be int32 or int64, got "
+                             << tvm::ffi::DLDataTypeToString(x.dtype());
   }
 }
 
@@ -73,8 +75,8 @@ inline void check_devices(std::initializer_list<TensorView> operands) {
   for (TensorView x : operands) {
     if (x.device().device_type != kDLCUDA || x.device().device_id != first.device_id) {
       TVM_FFI_THROW(ValueError) << "all operands must be on one CUDA device, got device types and numbers "
-                                << first.device_type << ":" << first.device_id << " and " << x.device().device_type
-                                << ":" << x.device().device_id;
+                                << first.device_type << ":" << first.device_id << " and "
+                                << x.device().device_type << ":" << x.device().device_id;
     }
   }
 }
@@ -90,7 +92,8 @@ inline cudaStream_t current_stream(TensorView x) {
 
 inline int num_multiprocessors(TensorView x) {
   int count = 0;
-  TVM_FFI_CHECK_CUDA_ERROR(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, x.device().device_id));
+  TVM_FFI_CHECK_CUDA_ERROR(
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, x.device().device_id));
   return count;
 }
 

@@ -2,8 +2,9 @@
 //          moe_group(experts, tiles, num_experts, launch_with_pdl)
 //          moe_decode(x, weights, experts, tiles, gate_up, down, hidden, parts, out, launch_with_pdl)
 //
-// `moe_route`, or `moe_group` where the choice is made already, writes the list of tiles that `moe_decode` works through; tiles int32 [T K + 1, 16], hidden bfloat16
-// [T K, I] and parts float32 [T K, D] are scratch. On TVM-FFI's current stream; nothing is allocated.
+// `moe_route`, or `moe_group` where the choice is made already, writes the list of tiles that `moe_decode`
+// works through; tiles int32 [T K + 1, 16], hidden bfloat16 [T K, I] and parts float32 [T K, D] are scratch.
+// On TVM-FFI's current stream; nothing is allocated.
 
 #include "host.cuh"
 #include "moe_decode.cuh"
@@ -30,11 +31,12 @@ void run_group(TensorView experts, TensorView tiles, int64_t num_experts, bool l
   launch({dim3(1), dim3(kGroupThreads), current_stream(experts), launch_with_pdl}, group, params);
 }
 
-void run_route(TensorView logits, TensorView weights, TensorView experts, TensorView tiles, int64_t num_experts,
-               bool normalize, bool launch_with_pdl) {
+void run_route(TensorView logits, TensorView weights, TensorView experts, TensorView tiles,
+               int64_t num_experts, bool normalize, bool launch_with_pdl) {
   const int64_t shared = logits.ndim() == 2 ? logits.size(1) - num_experts : -1;
   if (shared != 0 && shared != 1) {
-    TVM_FFI_THROW(ValueError) << "logits must be [T, " << num_experts << "], or one wider with the shared expert's gate";
+    TVM_FFI_THROW(ValueError) << "logits must be [T, " << num_experts
+                              << "], or one wider with the shared expert's gate";
   }
   const Group grouping_params = grouping(experts, tiles, num_experts + shared);
   const int64_t T = experts.size(0), K = experts.size(1) - shared;
@@ -45,24 +47,34 @@ void run_route(TensorView logits, TensorView weights, TensorView experts, Tensor
   check_dtype(experts, "experts", kInt32);
   check_devices({logits, weights, experts, tiles});
   if (K < 1 || K > num_experts || K + shared > kWarp) {
-    TVM_FFI_THROW(ValueError) << "1 to " << kWarp - shared << " of " << num_experts << " experts can be chosen, got " << K;
+    TVM_FFI_THROW(ValueError) << "1 to " << kWarp - shared << " of " << num_experts
+                              << " experts can be chosen, got " << K;
   }
-  const Route params{data<bf16>(logits), logits.stride(0), data<bf16>(weights), data<int32_t>(experts),
-                     grouping_params.tiles, static_cast<int>(T), static_cast<int>(num_experts), static_cast<int>(K),
-                     normalize, shared == 1};
+  const Route params{data<bf16>(logits),
+                     logits.stride(0),
+                     data<bf16>(weights),
+                     data<int32_t>(experts),
+                     grouping_params.tiles,
+                     static_cast<int>(T),
+                     static_cast<int>(num_experts),
+                     static_cast<int>(K),
+                     normalize,
+                     shared == 1};
   tvm::ffi::CUDADeviceGuard guard(logits.device().device_id);
   auto kernel = num_experts <= 16 * kWarp ? route<16> : route<32>;
   launch({dim3(1), dim3(kGroupThreads), current_stream(logits), launch_with_pdl}, kernel, params);
 }
 
-void run_experts(TensorView x, TensorView weights, TensorView experts, TensorView tiles, TensorView gate_up_weight,
-                 TensorView down_weight, TensorView hidden, TensorView parts, TensorView out, bool launch_with_pdl) {
+void run_experts(TensorView x, TensorView weights, TensorView experts, TensorView tiles,
+                 TensorView gate_up_weight, TensorView down_weight, TensorView hidden, TensorView parts,
+                 TensorView out, bool launch_with_pdl) {
   check_dense(down_weight, "down", {-1, -1, -1});
   const int64_t T = experts.size(0), K = experts.size(1);
   const int64_t N = down_weight.size(0), D = down_weight.size(1), I = down_weight.size(2);
   const Group routing = grouping(experts, tiles, N);
   if (D % 8 != 0 || I % 8 != 0) {
-    TVM_FFI_THROW(ValueError) << "hidden size and intermediate size must be multiples of 8, got " << D << " and " << I;
+    TVM_FFI_THROW(ValueError) << "hidden size and intermediate size must be multiples of 8, got " << D
+                              << " and " << I;
   }
   check_rows(x, "x", {T, D});
   check_dense(weights, "weights", {T, K});
@@ -81,21 +93,24 @@ void run_experts(TensorView x, TensorView weights, TensorView experts, TensorVie
   if (x.stride(0) % 8 != 0) TVM_FFI_THROW(ValueError) << "x's rows must begin at multiples of 16 bytes";
   if (T == 0) return;
 
-  const Experts params{data<bf16>(x), data<bf16>(gate_up_weight), data<bf16>(down_weight), data<int32_t>(tiles),
-                       data<bf16>(hidden), data<float>(parts), x.stride(0), static_cast<int>(D), static_cast<int>(I),
+  const Experts params{data<bf16>(x),        data<bf16>(gate_up_weight), data<bf16>(down_weight),
+                       data<int32_t>(tiles), data<bf16>(hidden),         data<float>(parts),
+                       x.stride(0),          static_cast<int>(D),        static_cast<int>(I),
                        static_cast<int>(K)};
-  const Combine last{routing, data<float>(parts), data<bf16>(weights), data<bf16>(out), static_cast<int>(D),
-                     static_cast<int>(K)};
+  const Combine last{routing,         data<float>(parts),  data<bf16>(weights),
+                     data<bf16>(out), static_cast<int>(D), static_cast<int>(K)};
   tvm::ffi::CUDADeviceGuard guard(x.device().device_id);
   const cudaStream_t stream = current_stream(x);
   const unsigned resident = static_cast<unsigned>(num_multiprocessors(x)) * kBlocks;
-  const auto blocks = [&](int64_t most) { return dim3(static_cast<unsigned>(std::min<int64_t>(most, resident))); };
+  const auto blocks = [&](int64_t most) {
+    return dim3(static_cast<unsigned>(std::min<int64_t>(most, resident)));
+  };
   const dim3 block(kWarps * kWarp);
   launch({blocks(T * K * (I / 8)), block, stream, launch_with_pdl}, gate_up, params);
   launch({blocks(T * K * ((D + 63) / 64)), block, stream, launch_with_pdl}, down, params);
   constexpr unsigned kColumns = 128 * 4;
-  launch({dim3(static_cast<unsigned>(D + kColumns - 1) / kColumns, static_cast<unsigned>(T)), dim3(128), stream,
-          launch_with_pdl},
+  launch({dim3(static_cast<unsigned>(D + kColumns - 1) / kColumns, static_cast<unsigned>(T)), dim3(128),
+          stream, launch_with_pdl},
          combine, last);
 }
 

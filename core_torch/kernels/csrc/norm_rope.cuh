@@ -1,8 +1,8 @@
-// What comes between attention's projection and attention: RMSNorm of q and k per head, partial rotary embedding, and the
-// new keys and values into the paged cache. It rounds where ../norm.py and ../rope.py do.
+// What comes between attention's projection and attention: RMSNorm of q and k per head, partial rotary
+// embedding, and the new keys and values into the paged cache. It rounds where ../norm.py and ../rope.py do.
 //
-// Shapes: T tokens, H query heads, G KV heads, d head_dim, R rotary_dim. A block takes a token; a warp takes heads, 8
-// consecutive dims a lane.
+// Shapes: T tokens, H query heads, G KV heads, d head_dim, R rotary_dim. A block takes a token; a warp takes
+// heads, 8 consecutive dims a lane.
 #pragma once
 
 #include "device.cuh"
@@ -31,7 +31,7 @@ __device__ __forceinline__ int64_t index(const Params& p, const void* array, int
   return p.wide ? static_cast<const int64_t*>(array)[i] : static_cast<const int32_t*>(array)[i];
 }
 
-__global__ void __launch_bounds__(kMaxWarps * kWarp) write(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kMaxWarps* kWarp) write(const __grid_constant__ Params p) {
   __shared__ float cosine[kMaxDim / 2], sine[kMaxDim / 2];
   wait_for_previous_grid();
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp, half = p.R / 2;
@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp) write(const __grid_constant
     const bf16* source = row + (is_q ? head : head + p.H) * p.d + first;
     bf16* target = (is_q ? p.q + (token * p.H + head) * p.d
                          : (is_v ? p.v_cache + (place * p.G + head - p.H - p.G) * p.d
-                                 : p.k_cache + (place * p.G + head - p.H) * p.d)) + first;
+                                 : p.k_cache + (place * p.G + head - p.H) * p.d)) +
+                   first;
     const uint4 raw = has_dims ? *reinterpret_cast<const uint4*>(source) : make_uint4(0, 0, 0, 0);
     if (is_v) {
       if (has_dims) *reinterpret_cast<uint4*>(target) = raw;

@@ -1,7 +1,7 @@
 // TVM-FFI: paged_decode(q, k, v, tables, lengths, values, sums, out, gate, scale, launch_with_pdl)
 //
-// values float32 [B, G, S, 8, d] and sums float32 [B, G, S, 8, 2] are scratch, with S = min(64, the 64-token blocks of a
-// table's pages). On TVM-FFI's current stream; nothing is allocated.
+// values float32 [B, G, S, 8, d] and sums float32 [B, G, S, 8, 2] are scratch, with S = min(64, the 64-token
+// blocks of a table's pages). On TVM-FFI's current stream; nothing is allocated.
 
 #include "host.cuh"
 #include "paged_decode.cuh"
@@ -9,15 +9,18 @@
 namespace crossfuse::paged {
 
 template <int kDim>
-void start(const Params& params, int64_t most_items, unsigned multiprocessors, cudaStream_t stream, bool overlap) {
+void start(const Params& params, int64_t most_items, unsigned multiprocessors, cudaStream_t stream,
+           bool overlap) {
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(most_items, kBlocks * multiprocessors));
   launch({dim3(blocks), dim3(kThreads), stream, overlap}, attend<kDim>, params);
-  launch({dim3(static_cast<unsigned>(params.H), static_cast<unsigned>(params.B)), dim3(kDim), stream, overlap},
-         combine<kDim>, params);
+  launch(
+      {dim3(static_cast<unsigned>(params.H), static_cast<unsigned>(params.B)), dim3(kDim), stream, overlap},
+      combine<kDim>, params);
 }
 
 void run(TensorView q, TensorView k, TensorView v, TensorView tables, TensorView lengths, TensorView values,
-         TensorView sums, TensorView out, tvm::ffi::Optional<TensorView> gate, double scale, bool launch_with_pdl) {
+         TensorView sums, TensorView out, tvm::ffi::Optional<TensorView> gate, double scale,
+         bool launch_with_pdl) {
   check_rows(q, "q", {-1, -1, -1});
   const int64_t B = q.size(0), H = q.size(1), d = q.size(2);
   check_dense(k, "k", {-1, -1, -1, d});
@@ -38,8 +41,9 @@ void run(TensorView q, TensorView k, TensorView v, TensorView tables, TensorView
   check_dtype(lengths, "lengths", tables.dtype());
   check_devices({q, k, v, tables, lengths, values, sums, out});
   if (H % G != 0 || H / G > kMaxGroup || (d != 64 && d != 128 && d != 256) || B > kMaxSequences) {
-    TVM_FFI_THROW(ValueError) << "q must have at most " << kMaxSequences << " rows, 1 to 8 heads for each of " << G
-                              << " KV heads, and head_dim 64, 128 or 256; got [" << B << ", " << H << ", " << d << "]";
+    TVM_FFI_THROW(ValueError) << "q must have at most " << kMaxSequences << " rows, 1 to 8 heads for each of "
+                              << G << " KV heads, and head_dim 64, 128 or 256; got [" << B << ", " << H
+                              << ", " << d << "]";
   }
   if (gate.has_value()) {
     check_rows(gate.value(), "gate", {B, H * d});
@@ -49,11 +53,26 @@ void run(TensorView q, TensorView k, TensorView v, TensorView tables, TensorView
   if (q.stride(0) % 8 != 0) TVM_FFI_THROW(ValueError) << "q's rows must begin at multiples of 16 bytes";
   if (B == 0) return;
 
-  const Params params{data<bf16>(q), data<bf16>(k), data<bf16>(v), tables.data_ptr(), lengths.data_ptr(),
-                      is(tables, kInt64), q.stride(0), tables.stride(0), tables.stride(1), lengths.stride(0),
-                      data<float>(values), data<float2>(sums), data<bf16>(out),
+  const Params params{data<bf16>(q),
+                      data<bf16>(k),
+                      data<bf16>(v),
+                      tables.data_ptr(),
+                      lengths.data_ptr(),
+                      is(tables, kInt64),
+                      q.stride(0),
+                      tables.stride(0),
+                      tables.stride(1),
+                      lengths.stride(0),
+                      data<float>(values),
+                      data<float2>(sums),
+                      data<bf16>(out),
                       gate.has_value() ? data<bf16>(gate.value()) : nullptr,
-                      gate.has_value() ? gate.value().stride(0) : 0, static_cast<int>(B), static_cast<int>(H), static_cast<int>(G), static_cast<int>(page_size), static_cast<int>(splits),
+                      gate.has_value() ? gate.value().stride(0) : 0,
+                      static_cast<int>(B),
+                      static_cast<int>(H),
+                      static_cast<int>(G),
+                      static_cast<int>(page_size),
+                      static_cast<int>(splits),
                       static_cast<float>(scale * 1.4426950408889634)};
   tvm::ffi::CUDADeviceGuard guard(q.device().device_id);
   auto begin = d == 64 ? start<64> : d == 128 ? start<128> : start<256>;

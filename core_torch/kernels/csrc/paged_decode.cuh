@@ -1,16 +1,17 @@
-// Attention of one token a sequence over a paged KV cache; lengths are read on the device, and only valid pages.
+// Attention of one token a sequence over a paged KV cache; lengths are read on the device, and valid pages.
 //
-// Shapes: B sequences, H query heads, G KV heads, R = H / G <= 8 query heads on one, d head_dim. A tile is 16 tokens of
-// one KV head, worked on by a warp; four of them go through a block at once. A sequence is cut into chunks of whole
-// blocks' worth of tiles, at most kMaxSplits of them; a chunk's length depends on the sequence's length alone, so that
-// the sums' order does too.
+// Shapes: B sequences, H query heads, G KV heads, R = H / G <= 8 query heads on one, d head_dim. A tile is 16
+// tokens of one KV head, worked on by a warp; four of them go through a block at once. A sequence is cut into
+// chunks of whole blocks' worth of tiles, at most kMaxSplits of them; a chunk's length depends on the
+// sequence's length alone, so that the sums' order does too.
 //
-//   attend   a block takes chunks (any sequence, any KV head) until all are done: for each the maximum, the sum of
-//            weights and the weighted values
-//   combine  one block a head and sequence: the chunks' results in their order, times sigmoid(gate) if there is one
+//   attend   a block takes chunks (any sequence, any KV head) until all are done: for each the maximum, the
+//            sum of weights and the weighted values
+//   combine  one block a head and sequence: the chunks' results in their order, times sigmoid(gate) if there
+//            is one
 //
-// A lane loads 16 bytes of keys to registers, and of values to shared memory that only it reads; the tensor cores' layouts
-// are met by permuting head_dim, alike in q and k, and in v and the result.
+// A lane loads 16 bytes of keys to registers, and of values to shared memory that only it reads; the tensor
+// cores' layouts are met by permuting head_dim, alike in q and k, and in v and the result.
 #pragma once
 
 #include "device.cuh"
@@ -26,13 +27,13 @@ struct Params {
   const bf16* q;  // [B, H, d]
   const bf16* k;  // [pages, page_size, G, d]
   const bf16* v;
-  const void* tables;  // [B, P]
+  const void* tables;   // [B, P]
   const void* lengths;  // [B]; a row of length 0 has no result but zeros
   bool wide;            // int64, not int32
   int64_t q_stride, table_stride, page_stride, length_stride;
-  float* values;  // [B, G, kMaxSplits or fewer, 8, d], not divided by the sums
-  float2* sums;   // [B, G, splits, 8]: maximum (of scores in powers of two) and sum of weights
-  bf16* out;      // [B, H, d]
+  float* values;     // [B, G, kMaxSplits or fewer, 8, d], not divided by the sums
+  float2* sums;      // [B, G, splits, 8]: maximum (of scores in powers of two) and sum of weights
+  bf16* out;         // [B, H, d]
   const bf16* gate;  // [B, H d] or null
   int64_t gate_stride;
   int B, H, G, page_size, splits;
@@ -53,7 +54,8 @@ __device__ __forceinline__ int num_chunks(int length) {
 }
 
 // until[b] = the chunks of sequences 0..b-1, over all KV heads; by the whole block.
-__device__ __forceinline__ void count_chunks(const Params& p, int (&until)[kMaxSequences + 1], int (&warp_total)[kWarps]) {
+__device__ __forceinline__ void count_chunks(const Params& p, int (&until)[kMaxSequences + 1],
+                                             int (&warp_total)[kWarps]) {
   const int each = (p.B + kThreads - 1) / kThreads, first = threadIdx.x * each;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int mine = 0;
@@ -80,7 +82,7 @@ __device__ __forceinline__ void count_chunks(const Params& p, int (&until)[kMaxS
   __syncthreads();
 }
 
-// Two lanes' pairs of neighbouring dims -> two pairs of neighbouring tokens: (a.low, b.low) or (a.high, b.high).
+// Two tokens' pairs of neighbouring dims -> one dim's pair of tokens: (a.low, b.low) or (a.high, b.high).
 __device__ __forceinline__ uint32_t pair_low(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ uint32_t pair_high(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
@@ -91,7 +93,7 @@ struct Words {
 
 template <int kDim>
 struct Shared {
-  bf16 q[kMaxGroup][kDim + 32];                   // the padding keeps rows in different banks
+  bf16 q[kMaxGroup][kDim + 32];  // the padding keeps rows in different banks
   union {
     uint4 content[4][kDim / 64][kWarp];  // 4 tokens a lane
     float values[kMaxGroup][kDim + 8];
@@ -116,7 +118,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) attend(const __grid_constan
     for (int step = kMaxSequences / 2; step > 0; step /= 2) {
       if (sequence + step < p.B && shared.until[sequence + step] <= item) sequence += step;
     }
-    const int length = static_cast<int>(index(p, p.lengths, sequence * p.length_stride)), chunk = chunk_tokens(length);
+    const int length = static_cast<int>(index(p, p.lengths, sequence * p.length_stride)),
+              chunk = chunk_tokens(length);
     const int chunks = num_chunks(length), head = (item - shared.until[sequence]) / chunks;
     const int split = (item - shared.until[sequence]) % chunks, end = min((split + 1) * chunk, length);
 
@@ -131,15 +134,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks) attend(const __grid_constan
     float maximum = kNothing, sum = 0.0f;  // of query head g; the sum over this lane's tokens
     float values[kValueChunks][4][4] = {};
     for (int first = split * chunk + warp * kTileTokens; first < end; first += kBlockTokens) {
-      // Lane l < 16 finds where token `first + l` lies; past the end, where the last one does: it has a weight of zero.
+      // Lane l < 16 finds where token `first + l` lies; past the end the last one stands in, weighted zero.
       const int token = min(first + lane % kTileTokens, end - 1);
       const int64_t page =
           index(p, p.tables, sequence * p.table_stride + token / p.page_size * p.page_stride) * p.page_size;
       const int64_t place = ((page + token % p.page_size) * p.G + head) * kDim;
       const auto at = [&](int t) { return __shfl_sync(kAllLanes, place, t); };
 
-      const bf16* value[4] = {p.v + at(2 * c) + g * 8, p.v + at(2 * c + 1) + g * 8, p.v + at(2 * c + 8) + g * 8,
-                              p.v + at(2 * c + 9) + g * 8};
+      const bf16* value[4] = {p.v + at(2 * c) + g * 8, p.v + at(2 * c + 1) + g * 8,
+                              p.v + at(2 * c + 8) + g * 8, p.v + at(2 * c + 9) + g * 8};
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
 #pragma unroll
@@ -184,7 +187,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) attend(const __grid_constan
       }
 
       // Values [16 dims x 8 heads] a product: its columns are heads 2c and 2c + 1 in this lane.
-      const float shrink_first = __shfl_sync(kAllLanes, shrink, 8 * c), shrink_second = __shfl_sync(kAllLanes, shrink, 8 * c + 4);
+      const float shrink_first = __shfl_sync(kAllLanes, shrink, 8 * c),
+                  shrink_second = __shfl_sync(kAllLanes, shrink, 8 * c + 4);
       const uint32_t low = pack_bf16(weights[0], weights[1]), high = pack_bf16(weights[2], weights[3]);
       wait_for_copies<0>();
 #pragma unroll
@@ -251,7 +255,8 @@ __global__ void __launch_bounds__(kDim) combine(const __grid_constant__ Params p
   const int head = blockIdx.x, sequence = blockIdx.y, group = p.H / p.G, lane = threadIdx.x % kLanes;
   const int part = threadIdx.x / kLanes;
   const int chunks = num_chunks(static_cast<int>(index(p, p.lengths, sequence * p.length_stride)));
-  const int64_t first = (static_cast<int64_t>(sequence) * p.G + head / group) * p.splits * kMaxGroup + head % group;
+  const int64_t first =
+      (static_cast<int64_t>(sequence) * p.G + head / group) * p.splits * kMaxGroup + head % group;
   if (threadIdx.x < kWarp) {
     float2 sums[kMaxSplits / kWarp];
     float most = kNothing, sum = 0.0f;
@@ -278,7 +283,8 @@ __global__ void __launch_bounds__(kDim) combine(const __grid_constant__ Params p
 #pragma unroll 4
   for (int split = part; split < chunks; split += kGroups) {
     const float weight = weights[split];
-    const float4 value = *reinterpret_cast<const float4*>(p.values + (first + split * kMaxGroup) * kDim + lane * 4);
+    const float4 value =
+        *reinterpret_cast<const float4*>(p.values + (first + split * kMaxGroup) * kDim + lane * 4);
     all = make_float4(all.x + weight * value.x, all.y + weight * value.y, all.z + weight * value.z,
                       all.w + weight * value.w);
   }
