@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 
 from core_torch.doctor import add_doctor
 from core_torch.llm import LLM
@@ -19,28 +18,10 @@ from core_torch.worker import RankFailure
 from shared_config import cli
 
 
-def add_generate(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("generate", help="continue prompts")
-    cli.add_engine_options(parser)
-    parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="repeat for a batch")
-    cli.add_sampling_options(parser)
-    parser.set_defaults(run=run_generate)
-
-
-def run_generate(args: argparse.Namespace) -> int:
-    params = cli.sampling_params(args)
-    with LLM(args.model, **cli.engine_options(args)) as llm:
-        print(f"fusion: {'on' if llm.fusion.enabled else 'off'} ({llm.fusion.reason})")
-        start = time.perf_counter()
-        outputs = llm.generate(args.prompt, params)
-        elapsed_s = time.perf_counter() - start
-    return cli.print_outputs(outputs, elapsed_s, args.tp)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m core_torch", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_generate(commands)
+    cli.add_generate(commands, LLM)
     add_doctor(commands)
     add_prebuild(commands)
     add_trace(commands)

@@ -1,13 +1,47 @@
-"""The command-line options that both engines' `generate` commands share, and how they print results."""
+"""The `generate` command of both engines: options, the run, and how results are printed."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from typing import Any
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
+from shared_config.decision import FusionDecision
 from shared_config.results import RequestOutput
 from shared_config.sampling import SamplingParams
+
+
+class Engine(Protocol):
+    """What the command uses of either framework's `LLM`."""
+
+    fusion: FusionDecision
+
+    def generate(self, prompts: list[str], params: SamplingParams) -> list[RequestOutput]: ...
+
+
+def add_generate(
+    commands: argparse._SubParsersAction, llm: Callable[..., AbstractContextManager[Any]]
+) -> None:
+    """The `generate` command of the engine whose `LLM` class is given."""
+    parser = commands.add_parser("generate", help="continue prompts")
+    add_engine_options(parser)
+    parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="repeat for a batch")
+    add_sampling_options(parser)
+    parser.set_defaults(run=functools.partial(_generate, llm))
+
+
+def _generate(llm: Callable[..., AbstractContextManager[Engine]], args: argparse.Namespace) -> int:
+    params = sampling_params(args)
+    with llm(args.model, **engine_options(args)) as engine:
+        print(f"fusion: {'on' if engine.fusion.enabled else 'off'} ({engine.fusion.reason})")
+        start = time.perf_counter()
+        outputs = engine.generate(args.prompt, params)
+        elapsed_s = time.perf_counter() - start
+    return print_outputs(outputs, elapsed_s, args.tp)
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
