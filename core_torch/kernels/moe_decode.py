@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core_torch.kernels import native
 
-MAX_EXPERTS, MAX_CHOICES, RECORD = 1024, 32, 16  # csrc/moe_decode.cuh
+MAX_EXPERTS, MAX_CHOICES, RECORD = 1024, 32, 16  # csrc/moe_route.cuh
 MAX_TOKENS = 256  # above, the tensor cores are worth larger tiles than 8 tokens
 
 

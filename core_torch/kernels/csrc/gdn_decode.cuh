@@ -9,8 +9,8 @@
 //            columns of every 16th row in registers
 //   block    1, 2 or 4 units
 //   cluster  all units of the HV / H value heads that share a key head. They need the same convolved q and k,
-//            which each block computes for itself; old inputs may be overwritten when all have read them,
-//            and the norm needs the squares of a whole head: a mailbox in each block's shared memory waits for
+//            which each block computes for itself; old inputs are overwritten when all have read them, and
+//            the norm needs the squares of a whole head: a mailbox in each block's shared memory waits for
 //            both.
 //
 // A sum's order depends on none of B, the block or the cluster.
