@@ -44,12 +44,14 @@ def add_trace(commands: argparse._SubParsersAction) -> None:
     cli.add_engine_options(parser)
     parser.add_argument("--job", required=True, type=Path, metavar="JSON")
     parser.add_argument("--out", required=True, type=Path, metavar="NPZ")
-    parser.add_argument("--max-step-tokens", type=int, default=64, metavar="N", help="prefill chunk")
+    parser.add_argument("--max-step-tokens", type=int, default=256, metavar="N", help="prompt tokens a step")
+    parser.add_argument("--max-num-seqs", type=int, default=32, metavar="N", help="sequences at a time")
     parser.set_defaults(run=run_trace)
 
 
 def run_trace(args: argparse.Namespace) -> int:
-    with LLM(args.model, max_step_tokens=args.max_step_tokens, **cli.engine_options(args)) as llm:
+    limits = {"max_step_tokens": args.max_step_tokens, "max_num_seqs": args.max_num_seqs}
+    with LLM(args.model, **limits, **cli.engine_options(args)) as llm:
         if llm._session is None:
             raise ValueError(
                 f"--tp {args.tp} needs torchrun: python -m torch.distributed.run -m core_torch trace"

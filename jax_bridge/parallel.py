@@ -44,6 +44,8 @@ def choose_devices(device: str, count: int) -> list[Device]:
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f'device must be "auto", "cpu" or "cuda", got {device!r}')
     _ask_for_cpu_devices(count)
+    # A kernel that CUDA loads at its first launch waits for the GPU, which may be waiting for a peer.
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     gpus = [d for d in jax.local_devices() if d.platform == "gpu"] if device != "cpu" else []
     if gpus or device == "cuda":
         if len(gpus) < count:

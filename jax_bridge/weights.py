@@ -6,6 +6,7 @@ split dim. The shares are those of `core_torch`, so a rank's tensor there is a d
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +31,8 @@ from shared_config.model import Qwen3NextConfig
 Weights = Callable[[Qwen3Next, Parallel, jnp.dtype], dict[str, jax.Array]]
 
 
-def named_parameters(model: Qwen3Next) -> dict[str, nnx.Param]:
-    """The model's parameters by the names of `shared_config.checkpoint`; a tied head has none of its own."""
+def named_parameters(model: Qwen3Next | nnx.State) -> dict[str, nnx.Param]:
+    """A model's parameters, or those of its state, by the names of `shared_config.checkpoint`. A tied head has none."""
     return {
         ".".join(map(str, path)): parameter
         for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -158,20 +159,35 @@ def dummy_weights(
         shape, sharding = _whole(parameter.shape, specs[name], parallel.mesh)
         digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=4).digest()
         key = jax.random.key(int.from_bytes(digest, "little"))
-        draw = jax.jit(_distribution(name, shape), out_shardings=sharding)
-        values[name] = draw(key).astype(parameter_dtype(name, dtype))
+        draw = _draw(_distribution(name, parameter.shape), shape, parameter_dtype(name, dtype), sharding)
+        values[name] = draw(key)
     return values
 
 
-def _distribution(name: str, shape: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
+def _distribution(name: str, shape: tuple[int, ...]) -> tuple[str, float, float]:
+    """("uniform", low, high) or ("normal", mean, deviation) for a parameter of one rank's `shape`."""
     if name.endswith("A_log"):
-        return lambda key: jax.random.uniform(key, shape, jnp.float32, math.log(0.01), math.log(16.0))
+        return "uniform", math.log(0.01), math.log(16.0)
     if name.endswith("dt_bias"):
-        return lambda key: jax.random.uniform(key, shape, jnp.float32, -4.0, 1.0)
-    center, spread = (0.0, shape[-1] ** -0.5) if len(shape) > 1 else (0.0, 0.1)
-    if name.endswith("mixer.norm.weight"):
-        center = 1.0
-    return lambda key: jnp.float32(center) + jnp.float32(spread) * jax.random.normal(key, shape, jnp.float32)
+        return "uniform", -4.0, 1.0
+    if len(shape) == 1:
+        return "normal", float(name.endswith("mixer.norm.weight")), 0.1
+    return "normal", 0.0, shape[-1] ** -0.5
+
+
+@functools.cache
+def _draw(
+    distribution: tuple[str, float, float], shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding
+) -> Callable[[jax.Array], jax.Array]:
+    """Compiled once for all layers."""
+    kind, a, b = distribution
+
+    def draw(key: jax.Array) -> jax.Array:
+        if kind == "uniform":
+            return jax.random.uniform(key, shape, jnp.float32, a, b).astype(dtype)
+        return (jnp.float32(a) + jnp.float32(b) * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+    return jax.jit(draw, out_shardings=sharding)
 
 
 def _whole(

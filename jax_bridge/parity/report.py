@@ -72,7 +72,10 @@ def _engine(record: Record) -> dict[str, Any]:
 
 
 def plot(comparisons: list[Comparison], path: Path, title: str) -> None:
-    """RMS error of the residual stream at each point, one line a comparison, with the tolerance."""
+    """Error of the residual stream at each point, RMS (lines) and worst row (dots), with the tolerance of the RMS.
+
+    Points that are bitwise equal have no place on a logarithmic axis and are left out.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -82,20 +85,15 @@ def plot(comparisons: list[Comparison], path: Path, title: str) -> None:
     names = [name for name in comparisons[0].left.points if name != LOGITS]
     for comparison in comparisons:
         level = next(level for level in comparison.levels if level.level == "layer")
-        rms = [max(level.values[name]["rms"], 1e-12) for name in names]
-        axes.plot(
-            names,
-            rms,
-            marker="o",
-            markersize=3,
-            label=f"{comparison.left.engine} / {comparison.right.engine}",
-        )
+        rms, row = ([level.values[name][kind] or float("nan") for name in names] for kind in ("rms", "row"))
+        label = f"{comparison.left.engine} / {comparison.right.engine}"
+        (line,) = axes.plot(names, rms, marker="o", markersize=3, label=label)
+        axes.plot(names, row, marker=".", markersize=3, linestyle="none", color=line.get_color(), alpha=0.6)
     dtype = comparisons[0].left.dtype
-    axes.axhline(
-        TOLERANCES[dtype].layer_rms.value, color="gray", linestyle="--", label=f"tolerance ({dtype})"
-    )
+    limit = TOLERANCES[dtype].layer_rms.value
+    axes.axhline(limit, color="gray", linestyle="--", label=f"tolerance of the RMS ({dtype})")
     axes.set_yscale("log")
-    axes.set_ylabel("relative RMS error of the residual stream")
+    axes.set_ylabel("relative error of the residual stream\nRMS of all rows (lines), worst row (dots)")
     axes.set_title(title)
     axes.tick_params(axis="x", rotation=90, labelsize=7)
     axes.legend(fontsize=8)

@@ -23,7 +23,8 @@ from shared_config.generation import load_tokenizer
 from shared_config.trace import Record, TraceJob
 
 OP_TOKENS = (1, 3, 64, 67, 512)
-CHUNK = 64  # prompt tokens a step, so that prompts come in pieces beside one another
+# Prompts come in pieces beside one another, in few shapes: each is a program that XLA compiles.
+MAX_STEP_TOKENS, MAX_NUM_SEQS = 256, 32
 # Their sources' first lines are the prompts: text that every Python has.
 MODULES = (
     "argparse", "ast", "base64", "bisect", "calendar", "cmd", "code", "codecs", "configparser", "contextlib", "copy",
@@ -40,6 +41,9 @@ def add_parity(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--prompts", type=int, default=8, metavar="N", help=f"at most {len(MODULES)} (default 8)"
     )
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="instead of the built-in ones; repeat for more"
+    )
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="greedy tokens (default 64)")
     parser.add_argument(
         "--forced-tokens", type=int, default=16, metavar="N", help="decode steps that layers are compared in"
@@ -53,8 +57,6 @@ def add_parity(commands: argparse._SubParsersAction) -> None:
 
 
 def run_parity(args: argparse.Namespace) -> int:
-    if not 1 <= args.prompts <= len(MODULES):
-        raise ValueError(f"--prompts must be from 1 to {len(MODULES)}, got {args.prompts}")
     texts, job = make_job(args)
     records = {"torch": record_torch(args, job, "torch")}
     # Everybody is fed what PyTorch has generated, so that rows stay comparable after a first difference.
@@ -77,21 +79,26 @@ def write_report(args: argparse.Namespace, texts: list[str], comparisons: list[C
     if texts:
         print_texts(texts, comparisons[0].left, comparisons[0].right, console)
     print_report(comparisons, console)
-    facts = {"model": Path(args.model).name, "tensor_parallel_size": args.tp, "prompts": args.prompts}
+    count = len(comparisons[0].left.greedy)
+    facts = {"model": Path(args.model).name, "tensor_parallel_size": args.tp, "prompts": count}
     if args.json:
         args.json.write_text(to_json(comparisons, facts | {"max_tokens": args.max_tokens}))
     if args.plot:
-        plot(comparisons, args.plot, f"{facts['model']}, TP={args.tp}, {args.prompts} prompts")
+        plot(comparisons, args.plot, f"{facts['model']}, TP={args.tp}, {count} prompts")
 
 
 def make_job(args: argparse.Namespace) -> tuple[list[str], TraceJob]:
     """(the prompts as text, the job); random token ids, and no text, for a model without a tokenizer."""
+    if not 1 <= args.prompts <= len(MODULES):
+        raise ValueError(f"--prompts must be from 1 to {len(MODULES)}, got {args.prompts}")
     file = Path(args.model) / "tokenizer.json"
     texts: list[str] = []
     if file.exists():
-        texts = prompt_texts(args.prompts)
+        texts = args.prompt or prompt_texts(args.prompts)
         tokenizer = load_tokenizer(str(file))
         prompts = [tokenizer.encode(text).ids for text in texts]  # type: ignore[union-attr]
+    elif args.prompt:
+        raise ValueError(f"--prompt needs {file}, which is missing")
     else:
         rng, vocab_size = np.random.default_rng(0), Qwen3NextConfig.from_hf(args.model).vocab_size
         prompts = [rng.integers(0, vocab_size, 5 + 9 * i).tolist() for i in range(args.prompts)]
@@ -117,7 +124,8 @@ def record_torch(args: argparse.Namespace, job: TraceJob, engine: str) -> Record
         if args.tp > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.tp}"]
         command = [sys.executable, *launcher, "-m", "core_torch", "trace", *cli.engine_arguments(args)]
-        command += [f"--job={job_file}", f"--out={out}", f"--max-step-tokens={CHUNK}"]
+        command += [f"--job={job_file}", f"--out={out}", f"--max-step-tokens={MAX_STEP_TOKENS}"]
+        command += [f"--max-num-seqs={MAX_NUM_SEQS}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
@@ -127,6 +135,7 @@ def record_torch(args: argparse.Namespace, job: TraceJob, engine: str) -> Record
 
 
 def record_jax(args: argparse.Namespace, job: TraceJob, engine: str) -> Record:
-    with LLM(args.model, max_step_tokens=CHUNK, **cli.engine_options(args)) as llm:
+    limits = {"max_step_tokens": MAX_STEP_TOKENS, "max_num_seqs": MAX_NUM_SEQS}
+    with LLM(args.model, **limits, **cli.engine_options(args)) as llm:
         assert llm._session is not None
         return make_record(llm._session, job, engine)

@@ -39,35 +39,35 @@ class Tolerance:
 
 
 _FLOAT32 = Tolerance(
-    op_ulps=Limit(4, "the mean of squares is summed in another order, rsqrt may round differently"),
-    layer_rms=Limit(1e-5, "about a hundred roundings of 2^-24 per layer, over the depth of the model"),
+    op_ulps=Limit(8, "the mean of squares is summed in another order, and rsqrt may round differently"),
+    layer_rms=Limit(1e-5, "some roundings of 2^-24 a layer, over the depth of the model (measured 6e-7)"),
     layer_row=Limit(1e-4, "as layer_rms, for the row that happens to cancel most"),
     logits=Limit(1e-4, "the agreement that is asked of both engines with transformers"),
     kl=Limit(1e-6, "second order in the logits' error"),
-    top1=Limit(0.999, "only exact ties may flip"),
-    top5=Limit(0.999, "only exact ties may flip"),
+    top1=Limit(0.999, "only ties within rounding may flip"),
+    top5=Limit(0.999, "only ties within rounding may flip"),
     tie=Limit(2e-4, "both tokens' logits may be off by the limit for logits"),
 )
 _BFLOAT16 = Tolerance(
-    op_ulps=Limit(1, "float32 inside; the result may round to either neighbour"),
-    layer_rms=Limit(
-        0.03, "a rounding is 2^-9; XLA keeps float32 between fused operations where PyTorch rounds"
-    ),
+    op_ulps=Limit(1, "float32 inside, so the result rounds to one of two neighbours"),
+    layer_rms=Limit(0.04, "roundings of 2^-9, over the depth of the model (measured 0.013)"),
     layer_row=Limit(0.5, "a router's near tie sends a token to another expert, which changes its row"),
-    logits=Limit(0.1, "the last layer's error, and logits are rounded to 8 bits themselves"),
-    kl=Limit(0.01, "second order in the logits' error, first order where a router's tie flips"),
-    top1=Limit(0.95, "near ties of the two best tokens flip within the logits' error"),
-    top5=Limit(0.93, "as top1, for the fifth and sixth token"),
-    tie=Limit(0.1, "both tokens' logits carry the limit for logits, in opposite directions at worst by half"),
+    logits=Limit(
+        0.2, "the worst of all rows, one that a router sent elsewhere (measured 0.06; nine in ten: 0.01)"
+    ),
+    kl=Limit(0.005, "second order in the logits' error (measured 0.0003)"),
+    top1=Limit(0.95, "the two best tokens flip where they are nearly tied (measured 0.98)"),
+    top5=Limit(0.95, "as top1, for the fifth and sixth token (measured 0.99)"),
+    tie=Limit(0.03, "three times the logits' error of nine rows in ten"),
 )
 _FLOAT16 = Tolerance(
-    op_ulps=Limit(1, "float32 inside; the result may round to either neighbour"),
-    layer_rms=Limit(0.005, "as bfloat16, with three more bits"),
+    op_ulps=Limit(1, _BFLOAT16.op_ulps.why),
+    layer_rms=Limit(0.01, "as bfloat16 with three more bits, but a router's ties flip as they do"),
     layer_row=Limit(0.5, _BFLOAT16.layer_row.why),
-    logits=Limit(0.05, _BFLOAT16.logits.why),
-    kl=Limit(0.005, _BFLOAT16.kl.why),
-    top1=Limit(0.98, _BFLOAT16.top1.why),
-    top5=Limit(0.97, _BFLOAT16.top5.why),
-    tie=Limit(0.05, _BFLOAT16.tie.why),
+    logits=Limit(0.2, _BFLOAT16.logits.why),
+    kl=Limit(0.002, "second order in the logits' error"),
+    top1=Limit(0.98, "the two best tokens flip where they are nearly tied"),
+    top5=Limit(0.98, "as top1, for the fifth and sixth token"),
+    tie=Limit(0.01, "as bfloat16, with three more bits"),
 )
 TOLERANCES = {"float32": _FLOAT32, "bfloat16": _BFLOAT16, "float16": _FLOAT16}
