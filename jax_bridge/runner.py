@@ -24,8 +24,9 @@ from jax_bridge.cache import LayerCache, cache_bytes, cache_specs, make_cache
 from jax_bridge.dispatch import dispatch_lock
 from jax_bridge.models.qwen3_next import Qwen3Next
 from jax_bridge.parallel import COMPILER_OPTIONS, Parallel
+from jax_bridge.programs import logprobs, run_loop, run_pass
 from jax_bridge.report import explain
-from jax_bridge.sampler import Choice, choice_of, greedy, sample
+from jax_bridge.sampler import choice_of
 from jax_bridge.weights import Weights, materialize
 from shared_config import Qwen3NextConfig
 from shared_config.generation import StepResult
@@ -83,9 +84,9 @@ class ModelRunner:
             dtype=dtype,
         )
         loop = functools.partial(
-            _loop, eos=config.eos_token_ids, page_size=settings.page_size, most=decode_steps
+            run_loop, eos=config.eos_token_ids, page_size=settings.page_size, most=decode_steps
         )
-        self._pass, self._loop = self.program(_pass), self.program(loop)
+        self._pass, self._loop = self.program(run_pass), self.program(loop)
         self._counts: dict[Any, Reductions] = {}
         self._ahead: dict[int, _Ahead] = {}  # by slot
 
@@ -227,55 +228,6 @@ class ModelRunner:
             self._ahead[chunk.sequence.slot] = _Ahead(chunk.sequence, deque(column.tolist()), reductions)
 
 
-def _pass(
-    model: Qwen3Next, cache: list[LayerCache], inputs: tuple[Batch, Choice | None]
-) -> tuple[tuple[jax.Array, jax.Array], list[LayerCache]]:
-    """((logits [L, V], tokens [S]), cache)."""
-    batch, choice = inputs
-    logits, cache = model(batch, cache)
-    rows = logits[batch.sample_rows]
-    return (logits, greedy(rows) if choice is None else sample(rows, choice)), cache
-
-
-def _loop(
-    model: Qwen3Next,
-    cache: list[LayerCache],
-    inputs: tuple[Batch, jax.Array, jax.Array, jax.Array],
-    *,
-    eos: tuple[int, ...],
-    page_size: int,
-    most: int,
-) -> tuple[tuple[jax.Array, jax.Array], list[LayerCache]]:
-    """((tokens [most, S], how many rows of them were filled), cache).
-
-    The inputs: the first step's batch, how many steps to run (at most `most`), which rows end at an `eos` token [S],
-    and which have ended before they begin [S].
-    """
-    first, steps, ends, ended = inputs
-
-    def goes_on(state: tuple[Any, ...]) -> jax.Array:
-        count, ended = state[0], state[1]
-        return (count < steps) & ~jnp.all(ended)
-
-    def one_step(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        count, ended, batch, cache, tokens = state
-        logits, cache = model(batch, cache)
-        chosen = greedy(logits)
-        ended = ended | (ends & jnp.isin(chosen, jnp.asarray(eos, jnp.int32)))
-        return count + 1, ended, batch.next_token(chosen, page_size), cache, tokens.at[count].set(chosen)
-
-    tokens = jnp.zeros((most, first.token_ids.shape[0]), jnp.int32)
-    state = (jnp.int32(0), ended, first, cache, tokens)
-    count, _, _, cache, tokens = jax.lax.while_loop(goes_on, one_step, state)
-    return (tokens, count), cache
-
-
-@jax.jit
-def _logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """logits [T, V], targets [T] -> the log-probability of each [T]."""
-    return jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), targets[:, None], axis=-1)[:, 0]
-
-
 def _prompt_logprobs(step: Step, logits: jax.Array) -> list[list[float]]:
     """For each chunk, the log-probabilities of the prompt tokens that follow its rows. logits [T, V] of all rows."""
     following = [c.sequence.prompt[c.start + 1 : c.start + c.num_tokens + 1] for c in step.chunks]
@@ -283,5 +235,5 @@ def _prompt_logprobs(step: Step, logits: jax.Array) -> list[list[float]]:
     firsts = np.cumsum([0, *(chunk.num_tokens for chunk in step.chunks)])
     for first, tokens in zip(firsts, following, strict=False):
         targets[first : first + len(tokens)] = tokens
-    values = np.asarray(_logprobs(logits, targets)).tolist()
+    values = np.asarray(logprobs(logits, targets)).tolist()
     return [values[first : first + len(tokens)] for first, tokens in zip(firsts, following, strict=False)]

@@ -68,6 +68,7 @@ class Qwen3Next(nnx.Module):
         self, batch: Batch, caches: list[LayerCache]
     ) -> tuple[Float[Array, "L V"], list[LayerCache]]:
         """Logits [L, V] in float32 of `batch.logit_rows`, and the new caches."""
+        PartialSum.open_debts = 0  # a trace that failed half-way owes nothing any more
         owed: PartialSum | None = None
         residual = self.embed_tokens(batch.token_ids)
         updated: list[LayerCache] = []
