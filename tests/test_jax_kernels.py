@@ -29,9 +29,9 @@ def randn(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng((seed, *shape)).standard_normal(shape, np.float32)
 
 
-def on_torch(*arrays: Any) -> Any:
+def on_torch(*arrays: Any) -> list[torch.Tensor]:
     """float64 is what the references compute in; bfloat16 values are exact in it."""
-    return tuple(torch.from_numpy(np.asarray(x, np.float64)) for x in arrays)
+    return [torch.from_numpy(np.asarray(x, np.float64)) for x in arrays]
 
 
 def assert_close(got: Any, want: torch.Tensor, dtype: str = "float32") -> None:
@@ -56,8 +56,9 @@ def test_norms(T: int, dtype: str) -> None:
 def test_rope(rotary_dim: int) -> None:
     x, positions = randn(63, 3, 32), np.arange(5, 68, dtype=np.int32)
     cos, sin = rope.rotary_cos_sin(jnp.asarray(positions), rotary_dim=rotary_dim, theta=1e4)
+    (x64,) = on_torch(x)
     want = torch_rope.apply_rotary_reference(
-        *on_torch(x), torch.from_numpy(positions), rotary_dim=rotary_dim, theta=1e4
+        x64, torch.from_numpy(positions), rotary_dim=rotary_dim, theta=1e4
     )
     assert_close(rope.apply_rotary(jnp.asarray(x), cos, sin), want)
 
@@ -139,8 +140,8 @@ def test_gated_delta_rule(T: int, chunk: int) -> None:
     run = jax.jit(gated_delta_rule.chunk_gated_delta_rule, static_argnames="chunk")
     out, new = run(*(padded(x) for x in (q, k, v, g, beta)), jnp.asarray(state), chunk=chunk)
     assert_close(out[:T], want[:T])
-    step = tuple(jnp.asarray(x)[T:] for x in (q, k, v, g, beta))
-    out, new = gated_delta_rule.gated_delta_rule_step(*step, new[None])
+    last = [jnp.asarray(x)[T:] for x in (q, k, v, g, beta)]
+    out, new = gated_delta_rule.gated_delta_rule_step(*last, state=new[None])
     assert_close(out[0], want[T])
     assert_close(new[0], want_state)
 
@@ -165,9 +166,8 @@ def test_routed_experts(T: int) -> None:
         want_weights, want_experts = torch_moe.route(torch.from_numpy(logits), top_k=2, normalize=normalize)
         assert np.array_equal(experts, want_experts.numpy())
         assert_close(weights, want_weights)
-        want = torch_moe.routed_experts_reference(
-            *on_torch(x, weights), want_experts, *on_torch(gate_up, down)
-        )
+        x64, weights64, gate_up64, down64 = on_torch(x, weights, gate_up, down)
+        want = torch_moe.routed_experts_reference(x64, weights64, want_experts, gate_up64, down64)
         got = moe.routed_experts(jnp.asarray(x), weights, experts, jnp.asarray(gate_up), jnp.asarray(down))
         assert_close(got, want)
 
