@@ -37,7 +37,9 @@ def sample(
     ordered = ordered.masked_fill(before >= top_p[:, None] * mass, 0)
     cumulative = ordered.cumsum(-1)
     threshold = draws[:, None] * cumulative[:, -1:]
-    choice = (cumulative <= threshold).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    # A draw just below 1 may round to 1 in float32: it still takes the last token that is left.
+    last = (ordered > 0).sum(-1, keepdim=True) - 1
+    choice = (cumulative <= threshold).sum(-1, keepdim=True).minimum(last)
     drawn = tokens.gather(-1, choice)[:, 0]
     return torch.where(greedy, logits.argmax(-1), drawn)
 

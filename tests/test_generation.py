@@ -193,6 +193,14 @@ def test_top_k_and_top_p_cut_the_tail() -> None:
     assert draw(logits, top_k=1)[0] == 1.0
 
 
+def test_a_draw_that_rounds_to_one_takes_the_last_token_that_is_left() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    one = torch.ones(1)
+    for top_k, top_p, last in ((2, 1.0, 1), (0, 0.9, 2), (0, 1.0, 3)):
+        token = sample(logits, one, torch.tensor([top_k]), torch.tensor([top_p]), one)
+        assert token.tolist() == [last]
+
+
 def test_uniform_depends_on_seed_and_position_alone() -> None:
     values = [uniform(seed, position) for seed in range(50) for position in range(50)]
     assert all(0 <= v < 1 for v in values)
