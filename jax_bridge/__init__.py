@@ -17,6 +17,7 @@ op.py           the two reductions                      order.py    one order fo
 reduction.py    their transformations, fused or not     report.py   explain: what is fused, and why not
 opening.py      workspaces and votes for a mesh axis    transports/ the ways into the kernel
 user_kernel.py  your own kernel in JAX                  dlpack.py   tensors from and to PyTorch and CuPy
+llm.py          the model in Flax, as core_torch's      parity/     how equal the two engines are
 
 Importing this imports neither jax nor torch; a name is imported when it is first used.
 """
