@@ -9,10 +9,10 @@
 The function gets its results first (one array, or a tuple), then its operands, and fills the results in place. On
 CPU the arrays are NumPy's, so code that uses what both libraries have runs on both.
 
-With `cuda_graph=True` XLA may capture the launches into a CUDA graph (of programs of several commands; by itself a
-kernel is launched by Python every time). Python then runs once per capture, not at every step, and the kernel must
-not allocate, wait, or look at values on the host. The one-liner above allocates temporaries, so on a GPU it would be
-`cuda_graph=False`, or `cupy.multiply(y, scale, out=out)` and `out += x`.
+With `cuda_graph=True` XLA may capture the launches into a CUDA graph: Python then runs once per capture, not at
+every step, and the kernel must not allocate, wait, or look at values on the host. Whether XLA does is its choice: a
+program with one small kernel was seen to launch it from Python at each of 100 executions. The one-liner above
+allocates temporaries, so on a GPU it would be `cuda_graph=False`, or `cupy.multiply(y, scale, out=out)`, `out += x`.
 """
 
 from __future__ import annotations

@@ -418,11 +418,17 @@ def exchange() -> dict[str, Any]:
     def double_with_torch(out: torch.Tensor, x: torch.Tensor) -> None:
         torch.mul(x, 2, out=out)
 
-    run = jax.jit(lambda x: add_with_cupy(jnp.sin(x), jnp.cos(x)) * 2)
+    def chain(x: jax.Array) -> jax.Array:
+        total = jnp.zeros_like(x)
+        for _ in range(8):
+            total = add_with_cupy(total, x)
+        return total
+
+    run = jax.jit(chain)
     wrong = 0
     for step in range(100):
         x = jnp.arange(1000.0) + step
-        wrong += int((jnp.abs(run(x) - (jnp.sin(x) + jnp.cos(x)) * 2) > 1e-5).sum())
+        wrong += int((run(x) != 8 * x).sum())
     seen["cupy_wrong"] = wrong
     seen["cupy_python_calls"] = next(python_calls)
     x = jnp.arange(8.0).astype(jnp.bfloat16)

@@ -160,8 +160,8 @@ def test_exchange_and_own_kernels(ran: Cases) -> None:
     found = ran.result("exchange")
     assert "order the tensors as mesh.devices" in found.pop("wrong_order")
     assert found.pop("cupy_wrong") == 0
-    # XLA captures programs of several commands only: a kernel by itself is launched by Python every time, once.
-    assert found.pop("cupy_python_calls") <= 100
+    # 100 executions of 8 kernels: Python runs when XLA captures, not at every step.
+    assert 0 < found.pop("cupy_python_calls") < 100 * 8 / 4
     assert all(found.values()), found
 
 

@@ -41,6 +41,7 @@ PROMPTS = [
 Outputs = list[RequestOutput]
 # A bfloat16 run is judged by float32: it may be this much further from it than the unfused bfloat16 run is.
 SLACK = 1.25
+TIE = 6  # RMS errors between two logits that count as a tie: each may be off by about three
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,8 @@ class Error:
 
     def __init__(self, got: list[RequestOutput], truth: list[RequestOutput]) -> None:
         squares = norm = 0.0
-        self.worst, self.partings = 0.0, []
+        count = 0
+        self.partings: list[float] = []
         for a, b in zip(got, truth, strict=True):
             pairs = enumerate(zip(a.token_ids, b.token_ids, strict=True))
             end = next((i for i, (x, y) in pairs if x != y), len(b.token_ids))
@@ -95,20 +97,22 @@ class Error:
             difference = np.stack(a.logits[:rows]) - np.stack(b.logits[:rows])
             squares += float((difference**2).sum())
             norm += float((np.stack(b.logits[:rows]) ** 2).sum())
-            self.worst = max(self.worst, float(np.abs(difference).max()))
+            count += difference.size
             if end < len(b.token_ids):
                 best, second = np.sort(b.logits[end])[:-3:-1]
                 self.partings.append(float(best - second))
+        self.rms = (squares / count) ** 0.5
         self.relative = (squares / norm) ** 0.5
 
 
 def assert_as_good(
     got: list[RequestOutput], unfused: list[RequestOutput], truth: list[RequestOutput]
 ) -> None:
-    """As close to float32 as the unfused run is; tokens part from float32's only at ties within the unfused noise."""
+    """As close to float32 as the unfused run is; tokens part from float32's only where its two best logits are within
+    a few RMS errors of the unfused run."""
     mine, base = Error(got, truth), Error(unfused, truth)
     assert mine.relative <= SLACK * base.relative, (mine.relative, base.relative)
-    assert all(gap <= 2 * base.worst for gap in mine.partings), (mine.partings, base.worst)
+    assert all(gap <= TIE * base.rms for gap in mine.partings), (mine.partings, base.rms)
 
 
 @pytest.fixture(scope="module")
