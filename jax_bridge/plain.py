@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 
 def allreduce(x: jax.Array, axis_name: str, pinned_order: bool) -> jax.Array:
@@ -24,8 +25,18 @@ def add_rmsnorm(
     total: jax.Array, residual: jax.Array, weight: jax.Array, eps: float, weight_bias: float
 ) -> tuple[jax.Array, jax.Array]:
     """total, residual [..., D], weight [D] -> (residual + total in the dtype, its RMSNorm taken in float32)."""
-    residual = residual + total
-    wide = residual.astype(jnp.float32)
+    wide = _as_stored(residual.astype(jnp.float32) + _as_stored(total, total.dtype), residual.dtype)
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + jnp.float32(eps))
     normed = wide * scale * (jnp.float32(weight_bias) + weight.astype(jnp.float32))
-    return residual, normed.astype(residual.dtype)
+    return wide.astype(residual.dtype), normed.astype(residual.dtype)
+
+
+def _as_stored(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """`x` in float32, rounded to `dtype` as the kernel does.
+
+    Of two casts, to bfloat16 and back, XLA makes none unless `xla_allow_excess_precision` is off; this rounding
+    stays. It would flush subnormal numbers of float16, whose casts XLA leaves alone.
+    """
+    if dtype != jnp.bfloat16:
+        return x.astype(dtype).astype(jnp.float32)
+    return jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
