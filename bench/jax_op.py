@@ -7,6 +7,7 @@ at a time, because XLA records its CUDA graph again for results at new addresses
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -75,8 +76,14 @@ def run(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fused(communicator: jax_bridge.Communicator) -> Op:
-    return lambda partial, residual, weight: jax_bridge.allreduce_residual_rmsnorm(
-        partial, residual, weight, axis_name="tp", eps=EPS, weight_bias=WEIGHT_BIAS, comm=communicator
+    """Not in place, as in PyTorch: the residuals come round again, so XLA would copy each before its call."""
+    return functools.partial(
+        jax_bridge.allreduce_residual_rmsnorm,
+        axis_name="tp",
+        eps=EPS,
+        weight_bias=WEIGHT_BIAS,
+        comm=communicator,
+        in_place=False,
     )
 
 

@@ -4,6 +4,9 @@ Each call reduces what the call before it returned, as in a decoder, and nothing
 is the call itself with everything that a framework puts around it. Columns, microseconds a call:
 
     ffi, cupy    the fused op through JAX's two transports, in XLA's CUDA graphs
+    no_pdl       ffi without programmatic dependent launch, which needs neighbours in one graph
+    kept         ffi on a residual that is kept, in_place=False
+    copied       ffi on a residual that is kept, in place: XLA copies it before each call
     psum_norm    psum, add and norm as XLA compiles them
     torch        FlashInfer's op in a CUDA graph of PyTorch, same process, same GPUs
 
@@ -29,7 +32,9 @@ from pathlib import Path
 from typing import Any
 
 SHORT = 8
-LONG = {"ffi": 512, "cupy": 512, "torch": 512, "psum_norm": 128}
+LONG = {"ffi": 512, "no_pdl": 512, "kept": 512, "copied": 512, "cupy": 512, "torch": 512, "psum_norm": 128}
+FUSED = ("ffi", "no_pdl", "kept", "copied", "cupy")
+SAME_BITS = (("ffi", "no_pdl", "cupy", "torch"), ("kept", "copied"))
 BLOCK = 8  # calls that are traced once and repeated
 WARMUPS = 3
 EPS = 1e-6
@@ -38,7 +43,9 @@ PACKAGES = ("jax", "jaxlib", "torch", "jax-tvm-ffi", "apache-tvm-ffi", "cupy-cud
 XLA_FLAGS = {
     "default": "",
     "concurrent": "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT",
+    "concurrent regions": "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT_REGIONS",
     "stable addresses": "--xla_gpu_command_buffer_update_mode=SKIP_TEMP",
+    "pdl": "--xla_gpu_enable_pdl=true",
     "no graphs": "--xla_gpu_enable_command_buffer=",
 }
 
@@ -102,15 +109,20 @@ def measure_size(args: argparse.Namespace, num_tokens: int, decision: Any) -> di
 
     with contextlib.ExitStack() as stack:
         ops: dict[str, Callable[..., Any]] = {"psum_norm": psum_norm}
-        for transport in args.transports:
+        for way in args.ways:
             comm = stack.enter_context(
                 jax_bridge.fused_communicator(
-                    chains.mesh, "tp", args.hidden, jnp.dtype(args.dtype), decision, transport=transport
+                    chains.mesh,
+                    "tp",
+                    args.hidden,
+                    jnp.dtype(args.dtype),
+                    decision,
+                    transport="cupy" if way == "cupy" else "ffi",
                 )
             )
-            ops[transport] = functools.partial(
-                jax_bridge.allreduce_residual_rmsnorm, axis_name="tp", eps=EPS, comm=comm
-            )
+            if way == "no_pdl":
+                comm.transport.launch_with_pdl = False  # pyright: ignore[reportAttributeAccessIssue] (of ffi)
+            ops[way] = fused_op(way, comm)
         wanted = [(way, count) for way in ops for count in (SHORT, LONG[way])]
         started = time.perf_counter()
         with ThreadPoolExecutor(8) as pool:
@@ -118,7 +130,8 @@ def measure_size(args: argparse.Namespace, num_tokens: int, decision: Any) -> di
         runs = dict(zip(wanted, programs, strict=True))
         compile_s = time.perf_counter() - started
         runs |= stack.enter_context(torch_chains(chains, args, decision))
-        check_same_bits(runs, [way for way in ("ffi", "cupy", "torch") if (way, SHORT) in runs])
+        for ways in SAME_BITS:
+            check_same_bits(runs, [way for way in ways if (way, SHORT) in runs])
         for run in runs.values():
             for _ in range(WARMUPS):
                 run()
@@ -134,7 +147,9 @@ def measure_size(args: argparse.Namespace, num_tokens: int, decision: Any) -> di
     line: dict[str, Any] = {
         "num_tokens": num_tokens,
         "compile_s": round(compile_s, 2),
-        "ffi_kernels_timed": args.tp * args.repeats * (SHORT + LONG["ffi"]) * ("ffi" in args.transports),
+        "ffi_kernels_timed": args.tp
+        * args.repeats
+        * sum(SHORT + LONG[way] for way in args.ways if way != "cupy"),
         "ffi_host_launches_while_timed": host_launches,
     }
     for way in {way for way, _ in runs}:
@@ -146,10 +161,28 @@ def measure_size(args: argparse.Namespace, num_tokens: int, decision: Any) -> di
     return line
 
 
+def fused_op(way: str, comm: Any) -> Callable[..., Any]:
+    """op(partial, residual, weight) -> (the residual of the next call, normed)."""
+    import jax
+
+    import jax_bridge
+
+    op = functools.partial(
+        jax_bridge.allreduce_residual_rmsnorm, axis_name="tp", eps=EPS, comm=comm, in_place=way != "kept"
+    )
+    if way not in ("kept", "copied"):
+        return op
+
+    def keeping(partial: jax.Array, residual: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return residual, op(partial, residual, weight)[1]
+
+    return keeping
+
+
 def check_same_bits(runs: dict[tuple[str, int], Callable[[], Any]], ways: Sequence[str]) -> None:
     """After SHORT calls, and on every rank, all ways have the same normed output and residual."""
     results = {way: runs[way, SHORT]() for way in ways}
-    first = [bits(part) for output in results[ways[0]] for part in parts_of(output)]
+    first = [bits(part) for way in ways[:1] for output in results[way] for part in parts_of(output)]
     for way in ways[1:]:
         for one, other in zip(first, (bits(p) for o in results[way] for p in parts_of(o)), strict=True):
             wrong = int((one != other.to(one.device)).sum())
@@ -295,10 +328,10 @@ def version_of(package: str) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    ways = [way for way in ("psum_norm", "ffi", "cupy", "torch") if f"{way}_us" in result["rows"][0]]
+    ways = [way for way in ("psum_norm", *FUSED, "torch") if f"{way}_us" in result["rows"][0]]
     lines = [" ".join(f"{name:>10}" for name in ("tokens", *ways, "over XLA", "of torch"))]
     for row in result["rows"]:
-        ffi = row.get("ffi_us") or row.get("cupy_us")
+        ffi = next((row[f"{way}_us"] for way in FUSED if f"{way}_us" in row), None)
         over = f"{row['psum_norm_us'] / ffi:.2f}x" if ffi else "-"
         of_torch = f"{ffi / row['torch_us']:.2f}x" if ffi and "torch_us" in row else "-"
         cells = [f"{row[f'{way}_us']:.2f}" if f"{way}_us" in row else "-" for way in ways]
@@ -310,7 +343,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.jax_op_chain", description=__doc__)
     numbers = lambda text: tuple(map(int, text.split(",")))  # noqa: E731
     parser.add_argument("--tokens", type=numbers, default=(1, 8, 64, 128, 512, 1024, 2048, 4096))
-    parser.add_argument("--transports", type=lambda text: tuple(text.split(",")), default=("ffi", "cupy"))
+    parser.add_argument(
+        "--ways",
+        type=lambda text: tuple(text.split(",")),
+        default=("ffi", "cupy"),
+        help=f"the fused ones of the columns: {', '.join(FUSED)}",
+    )
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--dtype", default="bfloat16")

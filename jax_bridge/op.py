@@ -31,6 +31,7 @@ def allreduce_residual_rmsnorm(
     weight_bias: float = 1.0,
     comm: Communicator | None = None,
     side: str = "attention",
+    in_place: bool = True,
 ) -> tuple[Float[Array, "*tokens D"], Float[Array, "*tokens D"]]:
     """Adds the sum over `axis_name` of `partial` to `residual`, and RMS-normalises it: -> (residual, normed).
 
@@ -42,6 +43,10 @@ def allreduce_residual_rmsnorm(
     otherwise XLA's all-reduce, add and norm (`explain` tells which, and why). `comm` is found by `axis_name`
     unless given. `side` is "attention" or "mlp": which of the decoder's two reductions this is.
 
+    `in_place`: a fused call writes the new residual over the old one, which costs nothing where the old one is not
+    read again: in a chain, a loop, or with the argument donated. Where it is kept (an argument that is not
+    donated, a value used twice) XLA copies it before the call; `in_place=False` saves that copy.
+
     Fused calls that do not depend on each other have no order, which is an error on CPU and a hang or wrong
     numbers on GPUs: pass one call's residual to the next, as a decoder does, or use `CallOrder`.
 
@@ -50,7 +55,16 @@ def allreduce_residual_rmsnorm(
     time, naming both sides of what does not fit.
     """
     new_residual, normed, _ = pay(
-        partial, residual, weight, None, axis_name, eps=eps, weight_bias=weight_bias, comm=comm, side=side
+        partial,
+        residual,
+        weight,
+        None,
+        axis_name,
+        eps=eps,
+        weight_bias=weight_bias,
+        comm=comm,
+        side=side,
+        in_place=in_place,
     )
     return new_residual, normed
 
@@ -76,6 +90,7 @@ def pay(
     weight_bias: float,
     comm: Communicator | None,
     side: str,
+    in_place: bool,
 ) -> tuple[jax.Array, jax.Array, Sequence]:
     """`allreduce_residual_rmsnorm` with the number that orders it."""
     _check_array("partial", partial)
@@ -93,7 +108,9 @@ def pay(
     alike = checked and axis_name not in varying_axes(residual) | varying_axes(weight)
     shared = others if alike or not checked else others | {axis_name}
     communicator, reason = find_communicator(axis_name, comm)
-    call = Reduction(axis_name, side, communicator, reason, checked, alike, float(eps), float(weight_bias))
+    call = Reduction(
+        axis_name, side, communicator, reason, checked, alike, float(eps), float(weight_bias), in_place
+    )
     return reduction.allreduce_residual_rmsnorm(
         call,
         _as_partial(partial, others, axis_name, checked),

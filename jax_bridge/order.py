@@ -49,6 +49,7 @@ class CallOrder:
         weight_bias: float = 1.0,
         comm: Communicator | None = None,
         side: str = "attention",
+        in_place: bool = True,
     ) -> tuple[tuple[Float[Array, "*tokens D"], Float[Array, "*tokens D"]], CallOrder]:
         """`jax_bridge.allreduce_residual_rmsnorm` after all calls that led to this order, and the order after it."""
         residual, normed, number = op.pay(
@@ -61,6 +62,7 @@ class CallOrder:
             weight_bias=weight_bias,
             comm=comm,
             side=side,
+            in_place=in_place,
         )
         assert number is not None
         return (residual, normed), CallOrder(number)

@@ -38,7 +38,7 @@ class Reduction:
     """What is fixed when a reduction is traced. `communicator` is None, with the reason, where nothing can fuse.
 
     `checked`: types say over which axes values vary. `alike`: the results are the same on all ranks of the axis,
-    and their types say so.
+    and their types say so. `in_place`: the new residual takes over the old one's buffer.
     """
 
     axis_name: str
@@ -49,6 +49,7 @@ class Reduction:
     alike: bool
     eps: float = 0.0
     weight_bias: float = 0.0
+    in_place: bool = False
 
     def answer(self, x: jax.Array) -> BatchAnswer:
         """Whether a reduction of `x [..., D]` is fused."""
@@ -140,7 +141,7 @@ def allreduce_residual_rmsnorm(
     call: Reduction, partial: jax.Array, residual: jax.Array, weight: jax.Array, sequence: Sequence
 ) -> tuple[jax.Array, jax.Array, Sequence]:
     """-> (residual, normed, sequence). Operands are validated; residual and weight vary over the same axes."""
-    return _batchable_norm(call, in_place=True)(partial, residual, weight, sequence)
+    return _batchable_norm(call, call.in_place)(partial, residual, weight, sequence)
 
 
 def _norm_forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import textwrap
@@ -331,6 +332,38 @@ class TestBuffers:
         with open_fused(mesh):
             jax.block_until_ready(per_rank(reduce_norm, mesh)(*data))
         np.testing.assert_array_equal(before, data.residual)
+
+    @pytest.mark.parametrize(("in_place", "copies"), [(True, 4), (False, 0)])
+    def test_residuals_that_are_kept_are_copied_unless_the_caller_says_so(
+        self, in_place: bool, copies: int
+    ) -> None:
+        """A call in place would write over what a later call, or the caller, reads."""
+        mesh, data = mesh_of(2), operands(2)
+        in_turn = functools.partial(reduce_norm, in_place=in_place)
+
+        def four_calls(partial, residual, weight):
+            for _ in range(4):
+                _, partial = in_turn(partial, residual, weight)
+            return partial
+
+        run = per_rank(four_calls, mesh, check_vma=False, out_specs=P("tp"))
+        expected = run(*data)
+        with open_fused(mesh):
+            program = run.lower(*data).compile()
+            assert program.as_text().count(" copy(") == copies
+            assert_close(program(*data), np.asarray(expected))
+
+    def test_a_chain_in_place_copies_nothing_but_its_first_residual(self) -> None:
+        mesh, data = mesh_of(2), operands(2)
+
+        def chain(partial, residual, weight):
+            for _ in range(4):
+                residual, partial = reduce_norm(partial, residual, weight)
+            return residual, partial
+
+        run = per_rank(chain, mesh, check_vma=False, out_specs=P("tp"))
+        with open_fused(mesh):
+            assert run.lower(*data).compile().as_text().count(" copy(") == 1
 
     def test_the_residual_may_be_used_again(self) -> None:
         """XLA copies it then: the call may not write over what a later one reads."""

@@ -28,6 +28,7 @@ class FfiTransport:
     """See `Transport`. `kernels` are this process's ranks, by CUDA device ordinal."""
 
     targets = (NORM_TARGET, SUM_TARGET, ORDERED_NORM_TARGET, ORDERED_SUM_TARGET)
+    launch_with_pdl = True
 
     def __init__(
         self, communicator_id: int, axis_size: int, kernels: Mapping[int, RawKernel], platform: str = "gpu"
@@ -96,5 +97,5 @@ class FfiTransport:
         return {
             "communicator": np.int64(self._id),
             "use_oneshot": np.int64(oneshot),
-            "launch_with_pdl": np.int64(True),
+            "launch_with_pdl": np.int64(self.launch_with_pdl),
         }
