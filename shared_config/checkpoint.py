@@ -1,4 +1,4 @@
-"""Where each parameter's numbers lie in a Hugging Face Qwen3-Next checkpoint, for one tensor-parallel rank.
+"""Where each parameter's numbers lie in a Hugging Face Qwen3-Next checkpoint, for one rank of a layout.
 
 A checkpoint is described as boxes: `Piece` says which box of a stored tensor goes to which box of a parameter, so
 a loader of either framework only copies boxes, and a rank reads nothing but its own. Two layouts exist: the hub's
@@ -9,6 +9,10 @@ a loader of either framework only copies boxes, and a rank reads nothing but its
     self_attn.in_proj     q | gate | k | v          (q and gate stored interleaved by head)
     gate_up_proj          gate | up
 
+Projections are split over attention-TP. What works on single heads between them (conv, A_log, dt_bias) is split over
+attention-TP x CP, because context-parallel ranks exchange tokens for heads there. Experts are split by contiguous
+blocks over EP and within each over MoE-TP; dense MLPs and the shared expert over all ranks of the MoE slice.
+
 Shapes: D hidden, V vocabulary, N experts, I intermediate; `local` means this rank's share.
 """
 
@@ -17,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from shared_config.layout import ParallelLayout
 from shared_config.model import Qwen3NextConfig
 
 Box = tuple[slice, ...]
@@ -45,6 +50,14 @@ class CheckpointPlan:
     parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
     replicated: set[str] = field(default_factory=set)  # parameters that every rank holds whole
+
+    def contents(self) -> dict[str, str]:
+        """For each parameter a text that ranks have in common exactly when they hold the same numbers in it."""
+        found: dict[str, str] = {}
+        for piece in self.pieces:
+            box = ",".join(f"{s.start}:{s.stop}" for s in piece.source_box)
+            found.setdefault(piece.parameter, f"{piece.source}[{box}]")
+        return found
 
 
 def div_even(a: int, b: int, what: str) -> int:
@@ -77,11 +90,20 @@ def _span(r: range) -> slice:
 
 class _Planner:
     def __init__(
-        self, config: Qwen3NextConfig, attn: tuple[int, int], moe: tuple[int, int], packed: bool
+        self,
+        config: Qwen3NextConfig,
+        attn: tuple[int, int],
+        cp: tuple[int, int],
+        moe: tuple[int, int],
+        ep_size: int,
+        packed: bool,
     ) -> None:
         self.config, self.packed = config, packed
         self.attn_rank, self.attn_size = attn
+        self.cp_rank, self.cp_size = cp
         self.moe_rank, self.moe_size = moe
+        self.ep_size, self.moe_tp_size = ep_size, div_even(self.moe_size, ep_size, "MoE-TP x EP size")
+        self.ep_rank, self.moe_tp_rank = divmod(self.moe_rank, self.moe_tp_size)
         self.plan = CheckpointPlan()
 
     def source(self, name: str, *shape: int) -> str:
@@ -167,7 +189,9 @@ class _Planner:
         local = div_even(c.linear_num_key_heads, self.attn_size, "linear_num_key_heads")
         k_heads = range(self.attn_rank * local, (self.attn_rank + 1) * local)
         v_rows = range(k_heads.start * group * dv, k_heads.stop * group * dv)
-        v_heads = range(k_heads.start * group, k_heads.stop * group)
+        share = div_even(local, self.cp_size, "linear_num_key_heads of an attention-TP rank")
+        own_heads = range(k_heads.start + self.cp_rank * share, k_heads.start + (self.cp_rank + 1) * share)
+        v_heads = range(own_heads.start * group, own_heads.stop * group)
 
         qkvz = self.source(f"{stored}.in_proj_qkvz.weight", 2 * c.key_dim + 2 * c.value_dim, D)
         ba = self.source(f"{stored}.in_proj_ba.weight", 2 * c.linear_num_value_heads, D)
@@ -191,9 +215,9 @@ class _Planner:
             D,
         )
         conv = self.source(f"{stored}.conv1d.weight", c.conv_dim, 1, c.linear_conv_kernel_dim)
-        q_rows = slice(k_heads.start * dk, k_heads.stop * dk)
+        q_rows = slice(own_heads.start * dk, own_heads.stop * dk)
         k_rows = slice(c.key_dim + q_rows.start, c.key_dim + q_rows.stop)
-        conv_v_rows = slice(2 * c.key_dim + v_rows.start, 2 * c.key_dim + v_rows.stop)
+        conv_v_rows = slice(2 * c.key_dim + v_heads.start * dv, 2 * c.key_dim + v_heads.stop * dv)
         self.stack_rows(
             f"{name}.conv.weight", [(conv, iter([q_rows, k_rows, conv_v_rows]))], c.linear_conv_kernel_dim
         )
@@ -229,28 +253,33 @@ class _Planner:
     def moe(self, stored: str, name: str) -> None:
         c, D, N = self.config, self.config.hidden_size, self.config.num_experts
         full = c.moe_intermediate_size
-        local = div_even(full, self.moe_size, "moe_intermediate_size")
-        mine = slice(self.moe_rank * local, (self.moe_rank + 1) * local)
+        local = div_even(full, self.moe_tp_size, "moe_intermediate_size")
+        mine = slice(self.moe_tp_rank * local, (self.moe_tp_rank + 1) * local)
+        block = div_even(N, self.ep_size, "num_experts")
+        experts = range(self.ep_rank * block, (self.ep_rank + 1) * block)
         shifted = slice(full + mine.start, full + mine.stop)
         all_d = slice(0, D)
-        gate_up = self.parameter(f"{name}.experts.gate_up_proj", N, 2 * local, D)
-        down = self.parameter(f"{name}.experts.down_proj", N, D, local)
+        gate_up = self.parameter(f"{name}.experts.gate_up_proj", block, 2 * local, D)
+        down = self.parameter(f"{name}.experts.down_proj", block, D, local)
         low, high = slice(0, local), slice(local, 2 * local)
         if self.packed:
-            every = slice(0, N)
+            every, all_local = _span(experts), slice(0, block)
             both = self.source(f"{stored}.experts.gate_up_proj", N, 2 * full, D)
-            self.copy(both, (every, mine, all_d), gate_up, (every, low, all_d))
-            self.copy(both, (every, shifted, all_d), gate_up, (every, high, all_d))
+            self.copy(both, (every, mine, all_d), gate_up, (all_local, low, all_d))
+            self.copy(both, (every, shifted, all_d), gate_up, (all_local, high, all_d))
             packed_down = self.source(f"{stored}.experts.down_proj", N, D, full)
-            self.copy(packed_down, (every, all_d, mine), down, (every, all_d, low))
+            self.copy(packed_down, (every, all_d, mine), down, (all_local, all_d, low))
         else:
             for n in range(N):
-                one, expert = slice(n, n + 1), f"{stored}.experts.{n}"
+                expert = f"{stored}.experts.{n}"
                 gate = self.source(f"{expert}.gate_proj.weight", full, D)
                 up = self.source(f"{expert}.up_proj.weight", full, D)
+                stored_down = self.source(f"{expert}.down_proj.weight", D, full)
+                if n not in experts:
+                    continue
+                one = slice(n - experts.start, n - experts.start + 1)
                 self.copy(gate, (mine, all_d), gate_up, (one, low, all_d))
                 self.copy(up, (mine, all_d), gate_up, (one, high, all_d))
-                stored_down = self.source(f"{expert}.down_proj.weight", D, full)
                 self.copy(stored_down, (all_d, mine), down, (one, all_d, low))
         self.whole(f"{stored}.gate.weight", f"{name}.gate.weight", N, D)
         self.whole(f"{stored}.shared_expert_gate.weight", f"{name}.shared_expert_gate.weight", 1, D)
@@ -288,14 +317,36 @@ def plan_checkpoint(
     *,
     attn_rank: int = 0,
     attn_size: int = 1,
+    cp_rank: int = 0,
+    cp_size: int = 1,
     moe_rank: int | None = None,
     moe_size: int | None = None,
+    ep_size: int = 1,
     packed: bool = False,
 ) -> CheckpointPlan:
-    """The plan of the rank that is `attn_rank` of `attn_size` in attention-TP and `moe_rank` of `moe_size` in MoE-TP
-    (both the same unless given). Raises ValueError, naming both numbers, where a dimension does not divide."""
+    """The plan of the rank that is `attn_rank` of `attn_size` in attention-TP, `cp_rank` of `cp_size` in attention-CP
+    and `moe_rank` of `moe_size` in its MoE slice (as in attention-TP unless given), which holds `ep_size` blocks of
+    experts. Raises ValueError, naming both numbers, where a dimension does not divide."""
     moe = (attn_rank if moe_rank is None else moe_rank, attn_size if moe_size is None else moe_size)
-    return _Planner(config, (attn_rank, attn_size), moe, packed).model()
+    return _Planner(config, (attn_rank, attn_size), (cp_rank, cp_size), moe, ep_size, packed).model()
+
+
+def plan_rank(
+    config: Qwen3NextConfig, layout: ParallelLayout, rank: int, *, packed: bool = False
+) -> CheckpointPlan:
+    """The plan of global rank `rank` of `layout`."""
+    place = layout.place(rank)
+    return plan_checkpoint(
+        config,
+        attn_rank=place.tp,
+        attn_size=layout.attn_tp_size,
+        cp_rank=place.cp,
+        cp_size=layout.attn_cp_size,
+        moe_rank=place.ep * layout.moe_tp_size + place.moe_tp,
+        moe_size=layout.moe_reduce_size,
+        ep_size=layout.ep_size,
+        packed=packed,
+    )
 
 
 def check_names(

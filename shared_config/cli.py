@@ -29,6 +29,7 @@ def add_generate(
     """The `generate` command of the engine whose `LLM` class is given."""
     parser = commands.add_parser("generate", help="continue prompts")
     add_engine_options(parser)
+    add_layout_options(parser)
     parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="repeat for a batch")
     add_sampling_options(parser)
     parser.set_defaults(run=functools.partial(_generate, llm))
@@ -36,7 +37,7 @@ def add_generate(
 
 def _generate(llm: Callable[..., AbstractContextManager[Engine]], args: argparse.Namespace) -> int:
     params = sampling_params(args)
-    with llm(args.model, **engine_options(args)) as engine:
+    with llm(args.model, **engine_options(args), **layout_options(args)) as engine:
         print(f"fusion: {'on' if engine.fusion.enabled else 'off'} ({engine.fusion.reason})")
         start = time.perf_counter()
         outputs = engine.generate(args.prompt, params)
@@ -54,6 +55,34 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="auto", choices=("auto", "trtllm", "mnnvl", "reference"))
     parser.add_argument("--allow-multicast", action="store_true")
     parser.add_argument("--deterministic", action="store_true")
+
+
+def add_layout_options(parser: argparse._ActionsContainer) -> None:
+    """How the `--tp` ranks are cut, where it is not plain tensor parallelism."""
+    parser.add_argument("--cp", type=int, default=1, metavar="N", help="attention context-parallel size")
+    parser.add_argument(
+        "--dp",
+        "--dp-attention",
+        type=int,
+        nargs="?",
+        default=1,
+        const=0,
+        metavar="N",
+        help="attention data-parallel size; without N one copy per rank (tp / cp)",
+    )
+    parser.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel size")
+    parser.add_argument("--moe-dp", type=int, default=1, metavar="N", help="MoE data-parallel size")
+
+
+def layout_options(args: argparse.Namespace) -> dict[str, int]:
+    """Keywords for `LLM` and `ParallelLayout`: the sizes of the axes that were asked for."""
+    sizes = {
+        "attn_cp_size": args.cp,
+        "attn_dp_size": args.dp or max(args.tp // max(args.cp, 1), 1),
+        "moe_dp_size": args.moe_dp,
+        "ep_size": args.ep,
+    }
+    return {name: size for name, size in sizes.items() if size != 1}
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:

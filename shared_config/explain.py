@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from shared_config.cli import add_layout_options, layout_options
 from shared_config.decision import SIDES, FusionDecision, FusionError, resolve_fusion
 from shared_config.hardware import FlashInferInfo, HardwareInfo
 from shared_config.layout import GROUP_NAMES, ParallelLayout
@@ -61,6 +62,15 @@ DEBTS = {
     "attention": ("attn_tp", "o_proj / out_proj", "post_attention_layernorm"),
     "mlp": ("moe_reduce", "MLP / MoE", "next input_layernorm, or the final norm"),
 }
+NOTHING_OWED = "nobody: one rank has the whole sum"
+PAID_AT_ONCE = "all-reduce at once, then each rank's own rows"
+# What travels between ranks that owe each other nothing.
+EXCHANGES = {
+    "attn_cp": "tokens for heads, around each mixer's core",
+    "prefill_gather": "rows before the MoE, in prefill",
+    "decode_gather": "rows before the MoE, in decode",
+    "pieces": "rows whose logits are wanted",
+}
 
 
 @dataclass(frozen=True)
@@ -84,18 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="directory with a HF config.json")
     layout = parser.add_argument_group("layout")
     layout.add_argument("--tp", type=int, default=1, metavar="N", help="ranks in all (tensor-parallel world)")
-    layout.add_argument("--cp", type=int, default=1, metavar="N", help="attention context-parallel size")
-    layout.add_argument(
-        "--dp-attention",
-        type=int,
-        nargs="?",
-        default=1,
-        const=0,
-        metavar="N",
-        help="attention data-parallel size; without N one copy per rank (tp / cp)",
-    )
-    layout.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel size")
-    layout.add_argument("--moe-dp", type=int, default=1, metavar="N", help="MoE data-parallel size")
+    add_layout_options(layout)
     layout.add_argument("--nnodes", type=int, default=1, metavar="N")
     request = parser.add_argument_group("request")
     request.add_argument("--fusion", choices=MODES, default="auto")
@@ -121,14 +120,7 @@ def run(args: argparse.Namespace, console: Console | None = None) -> int:
 
 
 def explain(args: argparse.Namespace) -> Explanation:
-    layout = ParallelLayout(
-        tp_size=args.tp,
-        attn_cp_size=args.cp,
-        attn_dp_size=args.dp_attention or max(args.tp // max(args.cp, 1), 1),
-        moe_dp_size=args.moe_dp,
-        ep_size=args.ep,
-        nnodes=args.nnodes,
-    )
+    layout = ParallelLayout(tp_size=args.tp, nnodes=args.nnodes, **layout_options(args))
     model = _read_model(args.model, layout)
     hardware = _hardware(args, layout)
     request = FusionRequest(
@@ -207,18 +199,33 @@ def debts(explanation: Explanation) -> list[dict[str, Any]]:
     answers = []
     for side in SIDES:
         group_name, debtor, payer = DEBTS[side]
+        groups = decision.layout.all_groups(group_name)
+        if len(groups[0]) == 1:
+            payer = NOTHING_OWED
+        elif side == "mlp" and decision.layout.pieces_per_slice > 1:
+            payer = PAID_AT_ONCE
         answer = decision.fuses(1, side=side, itemsize=explanation.model.itemsize)
         answers.append(
             {
                 "side": side,
                 "owed_by": debtor,
-                "groups": decision.layout.all_groups(group_name),
+                "groups": groups,
                 "paid_by": payer,
                 "fuses": answer.fuses,
                 "reason": answer.reason,
             }
         )
     return answers
+
+
+def exchanges(layout: ParallelLayout) -> list[dict[str, Any]]:
+    """What travels between ranks with different rows or heads; nothing where the groups have one rank."""
+    found = []
+    for group_name, what in EXCHANGES.items():
+        groups = layout.all_groups(group_name)
+        if len(groups[0]) > 1:
+            found.append({"group": group_name, "what": what, "groups": groups})
+    return found
 
 
 def as_json(explanation: Explanation) -> dict[str, Any]:
@@ -232,6 +239,7 @@ def as_json(explanation: Explanation) -> dict[str, Any]:
         "max_tokens": decision.max_tokens(explanation.model.itemsize),
         "groups": {name: layout.all_groups(name) for name in GROUP_NAMES},
         "debts": debts(explanation),
+        "exchanges": exchanges(layout),
     }
 
 
@@ -255,7 +263,7 @@ def print_report(explanation: Explanation, console: Console) -> None:
         console, "side", "owed by", "over ranks", Column("paid by", overflow="fold"), "a batch of 1 token"
     )
     for debt in debts(explanation):
-        groups = " ".join(str(list(group)) for group in debt["groups"])
+        groups = _ranks(debt["groups"])
         fuses = "fused" if debt["fuses"] else f"unfused: {debt['reason']}" if decision.enabled else "unfused"
         owed.add_row(debt["side"], debt["owed_by"], escape(groups), debt["paid_by"], escape(fuses))
     console.print(
@@ -267,6 +275,12 @@ def print_report(explanation: Explanation, console: Console) -> None:
     console.print()
     console.print(owed)
     console.print()
+    if travels := exchanges(layout):
+        moved = _table(console, "exchange", "between ranks", Column("of", overflow="fold"))
+        for exchange in travels:
+            moved.add_row(exchange["group"], escape(_ranks(exchange["groups"])), exchange["what"])
+        console.print(moved)
+        console.print()
 
     limit = f"up to {decision.max_tokens(model.itemsize)} tokens ({decision.max_bytes} bytes) a call"
     console.print(f"limit: {limit}: {decision.max_bytes_source}", markup=False)
@@ -276,6 +290,10 @@ def print_report(explanation: Explanation, console: Console) -> None:
     console.print(f"{verdict}: {decision.reason}", markup=False, style="bold")
     if explanation.refused:
         console.print(f"refused: a run would stop with: {explanation.refused}", markup=False, style="red")
+
+
+def _ranks(groups: tuple[tuple[int, ...], ...]) -> str:
+    return " ".join(str(list(group)) for group in groups)
 
 
 def _table(console: Console, *columns: Column | str) -> Table:

@@ -128,8 +128,8 @@ def load_tokenizer(file: str | None) -> Tokenizer | None:
     return HFTokenizer.from_file(file)
 
 
-def make_scheduler(settings: EngineSettings, num_pages: int) -> Scheduler:
-    """The scheduler of an engine with these settings and `num_pages` KV pages."""
+def make_scheduler(settings: EngineSettings, num_pages: int, attn_dp_size: int = 1) -> Scheduler:
+    """The scheduler of an engine with these settings and `num_pages` KV pages for each attention-DP rank."""
     return Scheduler(
         num_pages=num_pages,
         page_size=settings.page_size,
@@ -137,4 +137,5 @@ def make_scheduler(settings: EngineSettings, num_pages: int) -> Scheduler:
         max_step_tokens=settings.max_step_tokens,
         max_model_len=settings.max_model_len,
         one_prefill_at_a_time=settings.deterministic,
+        attn_dp_size=attn_dp_size,
     )

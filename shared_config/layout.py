@@ -4,6 +4,9 @@ tp_size is the whole world, as in SGLang. Attention and the MoE cut the same ran
 
     attention   rank = (dp * attn_cp_size + cp) * attn_tp_size + tp
     MoE         rank = (moe_dp * ep_size  + ep) * moe_tp_size  + tp
+
+The attention-TP ranks of one (dp, cp) hold the same rows: a *piece* of the batch. A MoE slice (the ranks of one moe_dp)
+that spans several pieces gathers their rows before the MoE and takes its own afterwards.
 """
 
 from __future__ import annotations
@@ -12,7 +15,29 @@ from dataclasses import dataclass, fields
 
 from shared_config.model import Qwen3NextConfig
 
-GROUP_NAMES = ("world", "attn_tp", "attn_cp", "moe_tp", "moe_ep", "moe_reduce")
+GROUP_NAMES = (
+    "world",
+    "attn_tp",
+    "attn_cp",
+    "moe_tp",
+    "moe_ep",
+    "moe_reduce",
+    "pieces",
+    "prefill_gather",
+    "decode_gather",
+)
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """A rank's coordinates in both factorisations: attention's (dp, cp, tp) and the MoE's (moe_dp, ep, moe_tp)."""
+
+    dp: int
+    cp: int
+    tp: int
+    moe_dp: int
+    ep: int
+    moe_tp: int
 
 
 @dataclass(frozen=True)
@@ -45,6 +70,7 @@ class ParallelLayout:
         self._require_divides("attn_cp_size * attn_dp_size", self.attn_cp_size * self.attn_dp_size)
         self._require_divides("ep_size * moe_dp_size", self.ep_size * self.moe_dp_size)
         self._require_divides("nnodes", self.nnodes)
+        self._require_whole_pieces()
 
     def _require_divides(self, name: str, divisor: int) -> None:
         if self.tp_size % divisor:
@@ -52,6 +78,18 @@ class ParallelLayout:
                 f"tp_size {self.tp_size} is not divisible by {name} = {divisor}: "
                 "tp_size is the number of all ranks, and every axis must divide it"
             )
+
+    def _require_whole_pieces(self) -> None:
+        pieces, cp = self.pieces_per_slice, self.attn_cp_size
+        for what, size, other, other_size in (
+            ("attention-TP size", self.attn_tp_size, "MoE-TP x EP size", self.moe_reduce_size),
+            ("number of attention pieces in a MoE slice", pieces, "attn_cp_size", cp),
+        ):
+            if size % other_size and other_size % size:
+                raise ValueError(
+                    f"the {what} {size} and the {other} {other_size} do not divide one another: a MoE slice holds "
+                    "whole attention pieces, or lies within one"
+                )
 
     @property
     def world_size(self) -> int:
@@ -70,6 +108,25 @@ class ParallelLayout:
         """Ranks that share the MoE's debt: its tensor- and expert-parallel ranks in one MoE-DP slice."""
         return self.moe_tp_size * self.ep_size
 
+    @property
+    def pieces_per_slice(self) -> int:
+        """Attention pieces whose rows one MoE slice works on. Above 1 its sum is paid at once, then own rows taken."""
+        return max(1, self.moe_reduce_size // self.attn_tp_size)
+
+    @property
+    def head_shares(self) -> int:
+        """Ranks that a mixer's heads are spread over: context-parallel ranks exchange tokens for heads."""
+        return self.attn_tp_size * self.attn_cp_size
+
+    def place(self, rank: int) -> RankPlace:
+        """Where `rank` stands on every axis."""
+        self._require_rank(rank)
+        piece, tp = divmod(rank, self.attn_tp_size)
+        dp, cp = divmod(piece, self.attn_cp_size)
+        shard, moe_tp = divmod(rank, self.moe_tp_size)
+        moe_dp, ep = divmod(shard, self.ep_size)
+        return RankPlace(dp, cp, tp, moe_dp, ep, moe_tp)
+
     def groups(self, rank: int) -> RankGroups:
         """The groups that global rank `rank` belongs to."""
         self._require_rank(rank)
@@ -85,14 +142,35 @@ class ParallelLayout:
         self._require_rank(rank)
         return _strided(rank, size=self.moe_reduce_size, stride=1)
 
+    def pieces(self, rank: int) -> tuple[int, ...]:
+        """The ranks that stand where `rank` does in each attention piece, in the pieces' order."""
+        self._require_rank(rank)
+        return _strided(rank, size=self.attn_cp_size * self.attn_dp_size, stride=self.attn_tp_size)
+
+    def gather(self, rank: int, *, prefill: bool) -> tuple[int, ...]:
+        """The ranks whose rows `rank` needs beside its own for the MoE: one of each piece in its MoE slice.
+
+        In decode context-parallel ranks hold the same rows, so only those of other attention-DP ranks are missing.
+        """
+        self._require_rank(rank)
+        if prefill:
+            return _strided(rank, size=self.pieces_per_slice, stride=self.attn_tp_size)
+        size = max(1, self.pieces_per_slice // self.attn_cp_size)
+        return _strided(rank, size=size, stride=self.attn_tp_size * self.attn_cp_size)
+
     def all_groups(self, name: str) -> tuple[tuple[int, ...], ...]:
         """Every distinct group of one kind (a name of `GROUP_NAMES`), sorted: the order to create them in."""
         if name not in GROUP_NAMES:
             raise ValueError(f"name must be one of {', '.join(GROUP_NAMES)}, got {name!r}")
-        ranks = range(self.tp_size)
-        if name == "moe_reduce":
-            return tuple(sorted({self.moe_reduce(rank) for rank in ranks}))
-        return tuple(sorted({getattr(self.groups(rank), name) for rank in ranks}))
+        return tuple(sorted({self.group(name, rank) for rank in range(self.tp_size)}))
+
+    def group(self, name: str, rank: int) -> tuple[int, ...]:
+        """The group of one kind that `rank` belongs to."""
+        if name in ("moe_reduce", "pieces"):
+            return getattr(self, name)(rank)
+        if name in ("prefill_gather", "decode_gather"):
+            return self.gather(rank, prefill=name == "prefill_gather")
+        return getattr(self.groups(rank), name)
 
     def validate(self, config: Qwen3NextConfig) -> None:
         """Raise `ValueError`, naming both numbers, when `config` cannot be cut this way.
@@ -100,11 +178,12 @@ class ParallelLayout:
         KV heads are the exception: with fewer of them than ranks each is replicated, so either number may
         divide the other.
         """
-        attn_tp, moe_tp, moe_ranks = self.attn_tp_size, self.moe_tp_size, self.moe_reduce_size
+        shares, moe_tp, moe_ranks = self.head_shares, self.moe_tp_size, self.moe_reduce_size
+        axes = "attention-TP size" if self.attn_cp_size == 1 else "attention-TP x CP size"
         checks = [
-            ("num_attention_heads", config.num_attention_heads, "attention-TP size", attn_tp),
-            ("linear_num_key_heads", config.linear_num_key_heads, "attention-TP size", attn_tp),
-            ("linear_num_value_heads", config.linear_num_value_heads, "attention-TP size", attn_tp),
+            ("num_attention_heads", config.num_attention_heads, axes, shares),
+            ("linear_num_key_heads", config.linear_num_key_heads, axes, shares),
+            ("linear_num_value_heads", config.linear_num_value_heads, axes, shares),
         ]
         layers = range(config.num_hidden_layers)
         if any(config.is_moe_layer(layer) for layer in layers):
@@ -124,9 +203,9 @@ class ParallelLayout:
             if amount % size:
                 raise ValueError(f"{key} {amount} is not divisible by the {axis} {size}")
         kv_heads = config.num_key_value_heads
-        if kv_heads % attn_tp and attn_tp % kv_heads:
+        if kv_heads % shares and shares % kv_heads:
             raise ValueError(
-                f"num_key_value_heads {kv_heads} and the attention-TP size {attn_tp} do not divide "
+                f"num_key_value_heads {kv_heads} and the {axes} {shares} do not divide "
                 "one another: KV heads are either split evenly or replicated evenly"
             )
 

@@ -34,6 +34,10 @@ class Sequence:
     def prefilling(self) -> bool:
         return self.computed < len(self.prompt)
 
+    def dp_rank(self, attn_dp_size: int) -> int:
+        """The attention data-parallel rank that runs this sequence's attention and holds its cache."""
+        return self.index % attn_dp_size
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -61,7 +65,8 @@ class Scheduler:
     """Admits, orders and releases sequences.
 
     num_pages and num_slots count the ones that can be handed out (page 0 and slot 0 come on top). A step holds at
-    most `max_step_tokens` prompt tokens; with `one_prefill_at_a_time` they are one sequence's.
+    most `max_step_tokens` prompt tokens; with `one_prefill_at_a_time` they are one sequence's. Each of the
+    `attn_dp_size` attention-DP ranks has a cache of its own of num_pages pages; slots are numbered over all.
     """
 
     def __init__(
@@ -73,10 +78,11 @@ class Scheduler:
         max_step_tokens: int,
         max_model_len: int,
         one_prefill_at_a_time: bool = False,
+        attn_dp_size: int = 1,
     ) -> None:
         self.num_pages, self.page_size, self.max_step_tokens = num_pages, page_size, max_step_tokens
         self.max_model_len, self.one_prefill_at_a_time = max_model_len, one_prefill_at_a_time
-        self._free_pages = deque(range(1, num_pages + 1))
+        self._free_pages = [deque(range(1, num_pages + 1)) for _ in range(attn_dp_size)]
         self._free_slots = deque(range(1, num_slots + 1))
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -102,6 +108,10 @@ class Scheduler:
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
+    def _pages_of(self, sequence: Sequence) -> deque[int]:
+        """The free pages of the cache that is to hold `sequence`."""
+        return self._free_pages[sequence.dp_rank(len(self._free_pages))]
+
     def add(self, sequence: Sequence) -> None:
         """Queue a request. Raises ValueError with `refusal`'s reason."""
         reason = self.refusal(len(sequence.prompt), sequence.params)
@@ -112,10 +122,11 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and self._free_slots:
             needed = self._pages_for(len(self.waiting[0].prompt) + self.waiting[0].params.max_tokens)
-            if needed > len(self._free_pages):
+            free = self._pages_of(self.waiting[0])
+            if needed > len(free):
                 break
             sequence = self.waiting.popleft()
-            sequence.pages = [self._free_pages.popleft() for _ in range(needed)]
+            sequence.pages = [free.popleft() for _ in range(needed)]
             sequence.slot = self._free_slots.popleft()
             self.running.append(sequence)
 
@@ -154,7 +165,7 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """Release a sequence's pages and slot."""
         self.running.remove(sequence)
-        self._free_pages.extend(sequence.pages)
+        self._pages_of(sequence).extend(sequence.pages)
         self._free_slots.append(sequence.slot)
         sequence.pages, sequence.slot = [], 0
 
@@ -166,4 +177,4 @@ class Scheduler:
 
     @property
     def free_pages(self) -> int:
-        return len(self._free_pages)
+        return sum(map(len, self._free_pages))

@@ -65,7 +65,7 @@ def test_yes_for_another_machine(capsys: pytest.CaptureFixture[str], model: str)
         (["--sm", "89"], "compute capability"),
         (["--tp", "1"], "tensor parallel"),
         (["--dp-attention"], "attention data parallel"),
-        (["--dp-attention", "2"], "attention data parallel"),
+        (["--dp", "2"], "attention data parallel"),
         (["--nnodes", "2"], "single node"),
         (["--gpu", "NVIDIA H20", "--flashinfer-version", "0.6.9"], "device ban"),
         (["--moe-a2a", "deepep"], "MoE all-to-all backend"),
@@ -91,6 +91,21 @@ def test_who_owes_what_to_whom(capsys: pytest.CaptureFixture[str], model: str) -
     assert (attention["fuses"], mlp["fuses"]) == (True, True)
     assert answer["groups"]["attn_cp"] == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert answer["groups"]["moe_ep"] == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert [exchange["group"] for exchange in answer["exchanges"]] == ["attn_cp", "pieces"]
+
+
+def test_what_a_moe_over_several_attention_pieces_gathers(
+    capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    answer = ask(capsys, "--model", model, "--tp", "2", "--cp", "2", *H100)
+    attention, mlp = answer["debts"]
+    assert attention["paid_by"].startswith("nobody")
+    assert mlp["paid_by"].startswith("all-reduce at once")
+    assert "attn_cp_size 2 is above moe_dp_size 1" in mlp["reason"]
+    between = {exchange["group"]: exchange["groups"] for exchange in answer["exchanges"]}
+    assert between == {"attn_cp": [[0, 1]], "prefill_gather": [[0, 1]], "pieces": [[0, 1]]}
+    assert main(["explain", "--model", model, "--tp", "4", "--dp", "2", *H100]) == 0
+    assert "decode_gather" in capsys.readouterr().out
 
 
 def test_attention_data_parallel_without_a_number_is_one_copy_per_rank(

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from shared_config import ParallelLayout, Qwen3NextConfig, RankGroups
-from shared_config.layout import GROUP_NAMES
+from shared_config.layout import GROUP_NAMES, RankPlace
 from tests.test_config import HUB_CONFIG
 
 CONFIG = Qwen3NextConfig.from_hf(HUB_CONFIG)
@@ -48,6 +48,21 @@ def test_attention_and_moe_cut_the_same_ranks_differently() -> None:
         moe_ep=(9, 11, 13, 15),
     )
     assert layout.moe_reduce(13) == tuple(range(8, 16))
+    assert layout.place(13) == RankPlace(dp=1, cp=1, tp=1, moe_dp=1, ep=2, moe_tp=1)
+    assert layout.pieces(13) == (1, 5, 9, 13)
+
+
+def test_a_moe_slice_gathers_its_attention_pieces() -> None:
+    """Context-parallel ranks hold different rows in prefill alone, data-parallel ranks always."""
+    layout = ParallelLayout(tp_size=8, attn_cp_size=2, attn_dp_size=2)
+    assert layout.pieces_per_slice == 4
+    assert layout.all_groups("prefill_gather") == ((0, 2, 4, 6), (1, 3, 5, 7))
+    assert layout.all_groups("decode_gather") == ((0, 4), (1, 5), (2, 6), (3, 7))
+    sliced = ParallelLayout(tp_size=8, attn_cp_size=2, attn_dp_size=2, moe_dp_size=2)
+    assert sliced.all_groups("prefill_gather") == ((0, 2), (1, 3), (4, 6), (5, 7))
+    assert sliced.all_groups("decode_gather") == tuple((rank,) for rank in range(8))
+    within = ParallelLayout(tp_size=4, moe_dp_size=2)  # two slices in one piece: both have its rows
+    assert (within.pieces_per_slice, within.gather(3, prefill=True)) == (1, (3,))
 
 
 SIZES = st.sampled_from([1, 2, 3, 4])
@@ -58,6 +73,10 @@ SIZES = st.sampled_from([1, 2, 3, 4])
 def test_groups_partition_the_world(cp: int, attn_dp: int, moe_dp: int, ep: int, tp_factor: int) -> None:
     tp_size = cp * attn_dp * tp_factor
     assume(tp_size % (moe_dp * ep) == 0)
+    attn_tp, moe_reduce = tp_factor, tp_size // moe_dp
+    assume(moe_reduce % attn_tp == 0 or attn_tp % moe_reduce == 0)
+    pieces = max(1, moe_reduce // attn_tp)
+    assume(pieces % cp == 0 or cp % pieces == 0)
     layout = ParallelLayout(tp_size, cp, attn_dp, moe_dp, ep)
     sizes = {
         "world": tp_size,
@@ -66,6 +85,9 @@ def test_groups_partition_the_world(cp: int, attn_dp: int, moe_dp: int, ep: int,
         "moe_tp": layout.moe_tp_size,
         "moe_ep": ep,
         "moe_reduce": layout.moe_tp_size * ep,
+        "pieces": cp * attn_dp,
+        "prefill_gather": pieces,
+        "decode_gather": max(1, pieces // cp),
     }
     for name in GROUP_NAMES:
         groups = layout.all_groups(name)
@@ -77,6 +99,11 @@ def test_groups_partition_the_world(cp: int, attn_dp: int, moe_dp: int, ep: int,
         # A debt of the MoE is exactly its tensor- and expert-parallel ranks: none twice, none left out.
         members = {r for peer in groups.moe_ep for r in layout.groups(peer).moe_tp}
         assert layout.moe_reduce(rank) == tuple(sorted(members))
+        place = layout.place(rank)
+        assert rank == (place.dp * cp + place.cp) * attn_tp + place.tp
+        assert rank == (place.moe_dp * ep + place.ep) * layout.moe_tp_size + place.moe_tp
+        # A slice's debt covers every piece that it gathers.
+        assert set(layout.gather(rank, prefill=True)) <= set(layout.moe_reduce(rank))
 
 
 @pytest.mark.parametrize(
@@ -87,6 +114,14 @@ def test_groups_partition_the_world(cp: int, attn_dp: int, moe_dp: int, ep: int,
         ({"tp_size": 6, "ep_size": 4}, "tp_size 6 is not divisible by ep_size . moe_dp_size = 4"),
         ({"tp_size": 2, "moe_dp_size": 4}, "tp_size 2 .* = 4"),
         ({"tp_size": 4, "nnodes": 3}, "tp_size 4 is not divisible by nnodes = 3"),
+        (
+            {"tp_size": 6, "attn_cp_size": 2, "moe_dp_size": 3},
+            "attention-TP size 3 and the MoE-TP x EP size 2",
+        ),
+        (
+            {"tp_size": 6, "attn_cp_size": 2, "attn_dp_size": 3, "moe_dp_size": 2},
+            "number of attention pieces in a MoE slice 3 and the attn_cp_size 2",
+        ),
         ({"tp_size": 0}, "tp_size must be an integer of at least 1, got 0"),
         ({"ep_size": 1.0}, "ep_size must be an integer of at least 1, got 1.0"),
         ({"nnodes": True}, "nnodes must be an integer of at least 1, got True"),
@@ -124,6 +159,11 @@ def test_the_80b_model_splits(tp_size: int) -> None:
             {"num_attention_heads": 32},
             {"tp_size": 32},
             "linear_num_key_heads 16 is not divisible by the attention-TP size 32",
+        ),
+        (
+            {},
+            {"tp_size": 32, "attn_cp_size": 2},
+            "num_attention_heads 16 is not divisible by the attention-TP x CP size 32",
         ),
         (
             {"num_attention_heads": 6, "num_key_value_heads": 3, "linear_num_key_heads": 2},

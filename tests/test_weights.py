@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from core_torch import LLM, SamplingParams
 from core_torch.models.qwen3_next import Qwen3Next
-from shared_config import Qwen3NextConfig
-from shared_config.checkpoint import CheckpointPlan, check_names, plan_checkpoint, vocab_share
+from shared_config import ParallelLayout, Qwen3NextConfig
+from shared_config.checkpoint import CheckpointPlan, check_names, plan_checkpoint, plan_rank, vocab_share
 from shared_config.checkpoint_files import CheckpointFiles
 from tests.reference import make_model, save_model
 
@@ -118,6 +118,46 @@ def test_real_model_is_claimed_exactly_once(
         times = repeats.pop()  # replicated tensors and KV heads: by several ranks, each of them whole
         assert sum(math.prod(b - a for a, b in box) for box in boxes) == math.prod(stored[name]), name
         assert times in {1, tp, max(1, tp // config.num_key_value_heads)}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ParallelLayout(4, attn_cp_size=2, moe_dp_size=2, ep_size=2),
+        ParallelLayout(8, attn_cp_size=2, attn_dp_size=2, ep_size=4),
+        ParallelLayout(8, attn_cp_size=8, moe_dp_size=2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_layout_reads_every_number_of_the_real_model_equally_often(
+    layout: ParallelLayout, packed: bool, hf_shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """Experts once a MoE slice, single heads once a DP rank, projections once an attention piece."""
+    config = Qwen3NextConfig.from_hf(REAL | {"num_hidden_layers": 4})
+    shapes = {n: s for n, s in hf_shapes.items() if ".layers." not in n or int(n.split(".")[2]) < 4}
+    stored = shapes if packed else hub_shapes(shapes)
+    plans = [plan_rank(config, layout, rank, packed=packed) for rank in range(layout.tp_size)]
+    pieces = layout.attn_cp_size * layout.attn_dp_size
+    kv_copies = max(1, layout.attn_tp_size // config.num_key_value_heads)
+    for plan in plans:
+        check_names(plan, stored, tied=False)
+        assert plan.parameters == plans[0].parameters
+    for name, boxes in claims(plans).items():
+        expected = {
+            ".experts.": layout.moe_dp_size,
+            "shared_expert.": layout.moe_dp_size,
+            "conv1d": layout.attn_dp_size,
+            "A_log": layout.attn_dp_size,
+            "dt_bias": layout.attn_dp_size,
+            "k_proj": pieces * kv_copies,
+            "v_proj": pieces * kv_copies,
+        }
+        whole = {box: times for box, times in boxes.items() if times == layout.tp_size}
+        times = next((n for part, n in expected.items() if part in name), pieces)
+        if not whole:  # not a tensor that every rank holds
+            assert set(boxes.values()) == {times}, name
+        assert sum(math.prod(b - a for a, b in box) for box in boxes) == math.prod(stored[name]), name
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
