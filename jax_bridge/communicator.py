@@ -1,10 +1,10 @@
-"""A mesh axis with workspaces for the fused kernel: opened once, found by axis name, closed by `with`.
+"""A mesh axis, or several, with workspaces for the fused kernel: opened once, found by name, closed by `with`.
 
     with jax_bridge.fused_communicator(mesh, "tp", hidden_size, jnp.bfloat16, decision) as comm:
         ...                                   # jitted functions traced in here fuse where comm.decision says so
 
 Opening is collective over all processes of the mesh. Each local device gets a thread that runs the start-up of the
-PyTorch core (allocation, votes, self-test); afterwards all ranks, in all groups along the axis, have the same
+PyTorch core (allocation, votes, self-test); afterwards all ranks, in all groups along the axes, have the same
 decision. `comm.decision` says whether anything fuses, and why not.
 """
 
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from jax_bridge.axes import AxisName, axes_of
 from shared_config import BatchAnswer, FusionDecision
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Communicator:
     id: int
     serial: int
     mesh: jax.sharding.Mesh
-    axis_name: str
+    axis_name: AxisName
     hidden_size: int
     dtype: jnp.dtype
     decision: FusionDecision
@@ -53,7 +54,7 @@ class Communicator:
 
     @property
     def axis_size(self) -> int:
-        return self.mesh.shape[self.axis_name]
+        return math.prod(self.mesh.shape[name] for name in axes_of(self.axis_name))
 
     @property
     def transport(self) -> Transport:
@@ -73,16 +74,26 @@ class Communicator:
             return BatchAnswer(False, f"hidden size {shape[-1]} is not the communicator's {self.hidden_size}")
         if self.decision.enabled and dtype != self.dtype:
             return BatchAnswer(False, f"dtype {dtype} is not the communicator's {self.dtype}")
-        answer = self.decision.fuses(num_tokens, side=side, itemsize=dtype.itemsize)
+        layout = self.decision.layout
+        owed = layout.attn_tp_size if side == "attention" else layout.moe_reduce_size
+        answer = self.decision.fuses(
+            num_tokens,
+            side=side,
+            itemsize=dtype.itemsize,
+            owed_ranks=tuple(range(owed)),
+            op_ranks=tuple(
+                range(self.axis_size)
+            ),  # all groups along the axes are alike, so ranks count from 0
+        )
         if answer.fuses and num_tokens > self.max_tokens:
             return BatchAnswer(False, f"{num_tokens} tokens are above the workspace's {self.max_tokens}")
         return answer
 
 
-def find_communicator(axis_name: str, comm: Communicator | None) -> tuple[Communicator | None, str]:
+def find_communicator(axis_name: AxisName, comm: Communicator | None) -> tuple[Communicator | None, str]:
     """The communicator for a call over `axis_name`, or None and why there is none.
 
-    `comm` is what the caller asked for; without it, the one opened last for that axis and mesh shape. Raises
+    `comm` is what the caller asked for; without it, the one opened last for those axes and mesh shape. Raises
     ValueError when the one asked for cannot serve the call.
     """
     here = jax.sharding.get_abstract_mesh()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from core_torch.kernels.comm import CommError
+from jax_bridge.axes import AxisName, axes_of, in_mesh_order
 from jax_bridge.comm import MeshComm, ProcessExchange, ThreadHub
 from jax_bridge.coordination import CoordinationStore
 
@@ -30,16 +32,19 @@ class LocalRank:
 
 @dataclass(frozen=True)
 class AxisGroups:
-    """The groups along one mesh axis: one per combination of the other axes, in row-major order of those."""
+    """The groups along mesh axes: one per combination of the other axes, in row-major order of those.
+
+    Within a group too the devices come in row-major order of its axes.
+    """
 
     devices: tuple[tuple[Device, ...], ...]  # [group][rank]
 
     @classmethod
-    def of(cls, mesh: jax.sharding.Mesh, axis_name: str) -> AxisGroups:
-        if axis_name not in mesh.axis_names:
-            raise ValueError(f"axis_name {axis_name!r} is not an axis of the mesh {mesh.axis_names}")
-        axis = mesh.axis_names.index(axis_name)
-        rows = np.moveaxis(mesh.devices, axis, -1).reshape(-1, mesh.devices.shape[axis])
+    def of(cls, mesh: jax.sharding.Mesh, axis_name: AxisName) -> AxisGroups:
+        names = axes_of(in_mesh_order(axis_name, mesh.axis_names))
+        axes = [mesh.axis_names.index(name) for name in names]
+        size = math.prod(mesh.shape[name] for name in names)
+        rows = np.moveaxis(mesh.devices, axes, range(-len(axes), 0)).reshape(-1, size)
         return cls(tuple(tuple(row) for row in rows))
 
     @property
@@ -115,10 +120,10 @@ def on_threads(action: Callable[[int], T], count: int, abort: Callable[[str], An
     return [results[index] for index in range(count)]
 
 
-def group_index(mesh_axes: Sequence[str], axis_name: str) -> jax.Array:
+def group_index(mesh_axes: Sequence[str], axis_name: AxisName) -> jax.Array:
     """Inside shard_map: which group of `axis_name` this device is in, as `AxisGroups` counts them. int32 []."""
     index = np.int32(0)
     for name in mesh_axes:
-        if name != axis_name:
+        if name not in axes_of(axis_name):
             index = index * np.int32(jax.lax.axis_size(name)) + jax.lax.axis_index(name)
     return jax.numpy.asarray(index, jax.numpy.int32)

@@ -1,6 +1,7 @@
 """The public reductions: all-reduce + residual add + RMSNorm as one call, and the plain sum.
 
-Shapes: [..., D] with D hidden; the leading dims are tokens. Call them inside `jax.shard_map` over `axis_name`.
+Shapes: [..., D] with D hidden; the leading dims are tokens. Call them inside `jax.shard_map` over a mesh with
+the axes of `axis_name`: one axis by its name, or several as a tuple, whose devices together are one group.
 """
 # jaxtyping's shape strings are not Python.
 # ruff: noqa: F722
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_bridge import reduction
+from jax_bridge.axes import AxisName, axes_of, in_mesh_order
 from jax_bridge.communicator import Communicator, find_communicator
 from jax_bridge.reduction import Reduction, Sequence
 from jax_bridge.varying import is_checked, vary_over, varying_axes
@@ -26,7 +28,7 @@ def allreduce_residual_rmsnorm(
     residual: Float[Array, "*tokens D"],
     weight: Float[Array, " D"],
     *,
-    axis_name: str,
+    axis_name: AxisName,
     eps: float,
     weight_bias: float = 1.0,
     comm: Communicator | None = None,
@@ -70,7 +72,7 @@ def allreduce_residual_rmsnorm(
 
 
 def allreduce(
-    x: Float[Array, "*tokens D"], *, axis_name: str, comm: Communicator | None = None
+    x: Float[Array, "*tokens D"], *, axis_name: AxisName, comm: Communicator | None = None
 ) -> Float[Array, "*tokens D"]:
     """The sum of `x` over `axis_name`: in float32 in rank order where it is fused, `lax.psum` where it is not.
 
@@ -84,7 +86,7 @@ def pay(
     residual: jax.Array,
     weight: jax.Array,
     sequence: Sequence,
-    axis_name: str,
+    axis_name: AxisName,
     *,
     eps: float,
     weight_bias: float,
@@ -100,20 +102,21 @@ def pay(
         raise ValueError(f"eps must be a finite number of at least 0, got {eps!r}")
     if side not in ("attention", "mlp"):
         raise ValueError(f"side must be 'attention' or 'mlp', got {side!r}")
-    _check_axis(axis_name)
+    axis_name = _checked_axes(axis_name)
+    axes = frozenset(axes_of(axis_name))
     checked = is_checked(axis_name)
-    # Everything varies over the same other axes, and the results over `axis_name` only if an operand does that
+    # Everything varies over the same other axes, and the results over the group's only if an operand does that
     # should not: then nobody can promise that they are equal.
-    others = frozenset[str]().union(*map(varying_axes, (partial, residual, weight))) - {axis_name}
-    alike = checked and axis_name not in varying_axes(residual) | varying_axes(weight)
-    shared = others if alike or not checked else others | {axis_name}
+    others = frozenset[str]().union(*map(varying_axes, (partial, residual, weight))) - axes
+    alike = checked and axes.isdisjoint(varying_axes(residual) | varying_axes(weight))
+    shared = others if alike or not checked else others | axes
     communicator, reason = find_communicator(axis_name, comm)
     call = Reduction(
         axis_name, side, communicator, reason, checked, alike, float(eps), float(weight_bias), in_place
     )
     return reduction.allreduce_residual_rmsnorm(
         call,
-        _as_partial(partial, others, axis_name, checked),
+        vary_over(partial, others | axes) if checked else partial,
         vary_over(residual, shared),
         vary_over(weight, shared),
         sequence,
@@ -121,19 +124,15 @@ def pay(
 
 
 def total(
-    x: jax.Array, sequence: Sequence, axis_name: str, *, comm: Communicator | None
+    x: jax.Array, sequence: Sequence, axis_name: AxisName, *, comm: Communicator | None
 ) -> tuple[jax.Array, Sequence]:
     """`allreduce` with the number that orders it."""
     _check_array("x", x)
-    _check_axis(axis_name)
+    axis_name = _checked_axes(axis_name)
     checked = is_checked(axis_name)
     communicator, reason = find_communicator(axis_name, comm)
     call = Reduction(axis_name, "attention", communicator, reason, checked, alike=checked)
-    return reduction.allreduce(call, _as_partial(x, varying_axes(x), axis_name, checked), sequence)
-
-
-def _as_partial(x: jax.Array, others: frozenset[str], axis_name: str, checked: bool) -> jax.Array:
-    return vary_over(x, others | {axis_name}) if checked else x
+    return reduction.allreduce(call, vary_over(x, axes_of(axis_name)) if checked else x, sequence)
 
 
 def _check_array(name: str, x: jax.Array) -> None:
@@ -156,16 +155,23 @@ def _check_fits(name: str, x: jax.Array, shape: tuple[int, ...], partial: jax.Ar
         )
 
 
-def _check_axis(axis_name: str) -> None:
-    if not isinstance(axis_name, str):
-        raise TypeError(f"axis_name must be the name of one mesh axis, got {axis_name!r}")
-    try:
-        jax.lax.axis_size(axis_name)
-    except NameError as error:
-        raise ValueError(
-            f"axis_name {axis_name!r} is not bound here: call this inside jax.shard_map over a mesh with that axis"
-        ) from error
-    if axis_name not in jax.sharding.get_abstract_mesh().manual_axes:
-        raise ValueError(
-            f"axis_name {axis_name!r} is an axis of vmap here, not of a mesh: call this inside jax.shard_map"
-        )
+def _checked_axes(axis_name: AxisName) -> AxisName:
+    """`axis_name` in the mesh's order."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    here = jax.sharding.get_abstract_mesh()
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"axis_name must be the name of a mesh axis or a tuple of names, got {axis_name!r}"
+            )
+        try:
+            jax.lax.axis_size(name)
+        except NameError as error:
+            raise ValueError(
+                f"axis_name {name!r} is not bound here: call this inside jax.shard_map over a mesh with that axis"
+            ) from error
+        if name not in here.manual_axes:
+            raise ValueError(
+                f"axis_name {name!r} is an axis of vmap here, not of a mesh: call this inside jax.shard_map"
+            )
+    return in_mesh_order(axis_name, here.axis_names)

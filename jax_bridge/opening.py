@@ -23,6 +23,7 @@ from core_torch.kernels.comm import CommBackend
 from core_torch.kernels.startup import start_fusion
 from core_torch.kernels.workspace import Workspace
 from jax_bridge import communicator
+from jax_bridge.axes import AxisName, in_mesh_order
 from jax_bridge.communicator import Communicator
 from jax_bridge.devices import AxisGroups, LocalRank, mesh_comms, on_threads
 from jax_bridge.packages import require_cupy, require_jax_tvm_ffi
@@ -49,7 +50,7 @@ class _Started:
 @contextlib.contextmanager
 def fused_communicator(
     mesh: jax.sharding.Mesh,
-    axis_name: str,
+    axis_name: AxisName,
     hidden_size: int,
     dtype: DTypeLike,
     decision: FusionDecision,
@@ -60,12 +61,15 @@ def fused_communicator(
 ) -> Iterator[Communicator]:
     """Workspaces for reductions over `axis_name` of `[..., hidden_size]` arrays of `dtype`, for a `with` block.
 
+    `axis_name` is an axis, or a tuple of axes over which a group stretches; there is one group per combination of the
+    mesh's other axes. Communicators of other axes of the mesh may be open beside it: a call finds the one of its own.
+    All processes of the mesh open the same ones, together and in the same order.
+
     Functions that are traced inside the block fuse where `decision` says so; jitted functions are traced anew
     when they enter or leave it. A function compiled ahead of time inside the block must not run after it, and
-    nothing may still be running when it ends. One group per combination of the mesh's other axes; all processes
-    of the mesh call this together. One communicator belongs to one Python thread that dispatches (`one_at_a_time`).
-    On CPU, wait for results at least every 32 calls, as with `psum`: XLA there stalls with more in flight. On GPUs,
-    keep XLA's preallocation (`XLA_PYTHON_CLIENT_MEM_FRACTION` leaves room for others) and set
+    nothing may still be running when it ends. One communicator belongs to one Python thread that dispatches
+    (`one_at_a_time`). On CPU, wait for results at least every 32 calls, as with `psum`: XLA there stalls with more in
+    flight. On GPUs, keep XLA's preallocation (`XLA_PYTHON_CLIENT_MEM_FRACTION` leaves room for others) and set
     `CUDA_MODULE_LOADING=EAGER`.
 
     `transport` is "ffi" (a C++ custom call) or "cupy" (CuPy, no compiler); on CPU the `reference` backend always
@@ -75,6 +79,7 @@ def fused_communicator(
     Raises ValueError for arguments that do not fit each other, FusionError where the decision's mode is "on" and
     it cannot be met, CommError when a rank ends, ImportError (with the command) for a missing package.
     """
+    axis_name = in_mesh_order(axis_name, mesh.axis_names)
     groups = AxisGroups.of(mesh, axis_name)
     dtype = jnp.dtype(dtype)
     _check_arguments(groups, axis_name, hidden_size, dtype, decision, transport)
@@ -143,7 +148,7 @@ def fused_communicator(
 
 def _check_arguments(
     groups: AxisGroups,
-    axis_name: str,
+    axis_name: AxisName,
     hidden_size: int,
     dtype: jnp.dtype,
     decision: FusionDecision,
@@ -166,7 +171,7 @@ def _check_arguments(
 
 
 def _fit_to_mesh(
-    decision: FusionDecision, groups: AxisGroups, axis_name: str, flashinfer: FlashInferInfo
+    decision: FusionDecision, groups: AxisGroups, axis_name: AxisName, flashinfer: FlashInferInfo
 ) -> FusionDecision:
     """The decision was made for some machine; this is what the mesh and JAX's side of it add. Alike on all ranks."""
     if not decision.enabled:
@@ -228,15 +233,15 @@ def _make_transport(
     name: str,
     communicator_id: int,
     mesh: jax.sharding.Mesh,
-    axis_name: str,
+    axis_name: AxisName,
     local: tuple[LocalRank, ...],
     workspaces: list[Workspace],
 ) -> Transport:
-    axis_size = mesh.shape[axis_name]
     if workspaces[0].backend == "reference":
         from jax_bridge.transports.rendezvous import RendezvousTransport
 
         return RendezvousTransport(communicator_id, mesh.axis_names, axis_name)
+    axis_size = AxisGroups.of(mesh, axis_name).axis_size
     kernels = {rank.ordinal: workspace.raw() for rank, workspace in zip(local, workspaces, strict=True)}
     if name == "cupy":
         from jax_bridge.transports.cupy import CupyTransport

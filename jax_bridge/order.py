@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jax_bridge import op
+from jax_bridge.axes import AxisName
 from jax_bridge.communicator import Communicator
 
 
@@ -44,7 +45,7 @@ class CallOrder:
         residual: Float[Array, "*tokens D"],
         weight: Float[Array, " D"],
         *,
-        axis_name: str,
+        axis_name: AxisName,
         eps: float,
         weight_bias: float = 1.0,
         comm: Communicator | None = None,
@@ -68,7 +69,7 @@ class CallOrder:
         return (residual, normed), CallOrder(number)
 
     def allreduce(
-        self, x: Float[Array, "*tokens D"], *, axis_name: str, comm: Communicator | None = None
+        self, x: Float[Array, "*tokens D"], *, axis_name: AxisName, comm: Communicator | None = None
     ) -> tuple[Float[Array, "*tokens D"], CallOrder]:
         """`jax_bridge.allreduce` after all calls that led to this order, and the order after it."""
         total, number = op.total(x, self.number, axis_name, comm=comm)

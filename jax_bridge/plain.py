@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jax_bridge.axes import AxisName
 
-def allreduce(x: jax.Array, axis_name: str, pinned_order: bool) -> jax.Array:
+
+def allreduce(x: jax.Array, axis_name: AxisName, pinned_order: bool) -> jax.Array:
     """The sum of `x` over the axis. `pinned_order`: in rank order in float32, whatever the size (deterministic)."""
     if not pinned_order:
         return jax.lax.psum(x, axis_name)

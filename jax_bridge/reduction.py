@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from jax_bridge import plain
+from jax_bridge.axes import AxisName, axes_of
 from jax_bridge.communicator import Communicator
 from jax_bridge.report import CallRecord, note
 from jax_bridge.varying import vary_over, varying_axes
@@ -37,11 +38,11 @@ Sequence = jax.Array | None  # int32 [1], see `order.CallOrder`
 class Reduction:
     """What is fixed when a reduction is traced. `communicator` is None, with the reason, where nothing can fuse.
 
-    `checked`: types say over which axes values vary. `alike`: the results are the same on all ranks of the axis,
+    `checked`: types say over which axes values vary. `alike`: the results are the same on all ranks of the group,
     and their types say so. `in_place`: the new residual takes over the old one's buffer.
     """
 
-    axis_name: str
+    axis_name: AxisName
     side: str
     communicator: Communicator | None
     reason: str
@@ -174,7 +175,7 @@ def _sum(call: Reduction, partial: jax.Array, sequence: Sequence) -> tuple[jax.A
         return plain.allreduce(partial, call.axis_name, call.pinned_order), sequence
     assert call.communicator is not None
     total, next_sequence = call.communicator.transport.allreduce(_rows(partial), sequence)
-    axes = varying_axes(partial) - {call.axis_name}
+    axes = varying_axes(partial) - set(axes_of(call.axis_name))
     return vary_over(total.reshape(partial.shape), axes), _like_before(next_sequence, sequence)
 
 
@@ -213,7 +214,7 @@ def _to_every_rank(call: Reduction, cotangent: jax.Array) -> jax.Array:
     """The gradient of a partial sum from the gradient of the sum."""
     if not call.alike:
         cotangent = jax.lax.psum(cotangent, call.axis_name)
-    return vary_over(cotangent, {call.axis_name}) if call.checked else cotangent
+    return vary_over(cotangent, axes_of(call.axis_name)) if call.checked else cotangent
 
 
 def _like_before(after: Sequence, before: Sequence) -> Sequence:

@@ -16,6 +16,7 @@ from jax.extend.core import Primitive, jaxprs_in_params
 from jax.interpreters import mlir
 
 from core_torch.kernels.counts import ReductionCounts
+from jax_bridge.axes import AxisName
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class CallRecord:
     """
 
     op: str  # "allreduce_residual_rmsnorm" or "allreduce"
-    axis_name: str
+    axis_name: AxisName
     shape: tuple[int, ...]
     dtype: str
     fused: bool

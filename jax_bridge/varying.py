@@ -9,15 +9,17 @@ from collections.abc import Iterable
 
 import jax
 
+from jax_bridge.axes import AxisName, axes_of
+
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
     """The manual mesh axes over which `x` may differ between devices, as far as its type tells."""
     return frozenset(jax.typeof(x).mat.varying)
 
 
-def is_checked(axis_name: str) -> bool:
-    """Whether types record variation here (`check_vma=True`): an axis index always varies over its axis."""
-    return axis_name in varying_axes(jax.lax.axis_index(axis_name))
+def is_checked(axis_name: AxisName) -> bool:
+    """Whether types record variation here (`check_vma=True`): an axis index always varies over its axes."""
+    return varying_axes(jax.lax.axis_index(axis_name)) >= set(axes_of(axis_name))
 
 
 def vary_over(x: jax.Array, axes: Iterable[str]) -> jax.Array:

@@ -46,12 +46,13 @@ def decide(
     hidden_size: int = D,
     itemsize: int = 4,
     architecture: str = "Qwen3NextForCausalLM",
+    layout: ParallelLayout | None = None,
     **request: Any,
 ) -> FusionDecision:
     """The decision of a laptop for the reference backend, unless `request` says otherwise."""
     return resolve_fusion(
         ModelFacts(architecture, hidden_size, itemsize),
-        ParallelLayout(tp_size=tp_size),
+        layout or ParallelLayout(tp_size=tp_size),
         HardwareInfo(),
         FlashInferInfo(),
         FusionRequest(**{"mode": "on", "backend": "reference", **request}),

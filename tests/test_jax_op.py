@@ -332,8 +332,8 @@ class TestErrors:
             reduce_sum(jnp.ones((5, D)))
         with pytest.raises(ValueError, match="an axis of vmap here, not of a mesh"):
             jax.vmap(reduce_sum, axis_name="tp")(jnp.ones((2, 5, D)))
-        with pytest.raises(TypeError, match="one mesh axis"):
-            jax_bridge.allreduce(jnp.ones((5, D)), axis_name=("dp", "tp"))  # pyright: ignore[reportArgumentType]
+        with pytest.raises(TypeError, match="the name of a mesh axis or a tuple of names, got 3"):
+            jax_bridge.allreduce(jnp.ones((5, D)), axis_name=3)  # pyright: ignore[reportArgumentType]
 
     def test_a_communicator_that_cannot_serve(self) -> None:
         mesh = mesh_of(2, 2, names=("tp", "ep"))

@@ -18,6 +18,7 @@ import tvm_ffi
 from core_torch.kernels.comm import CommBackend
 from core_torch.kernels.flashinfer_api import RawKernel
 from jax_bridge import native
+from jax_bridge.axes import AxisName
 from jax_bridge.devices import group_index
 from jax_bridge.transports.base import alike, like, register
 
@@ -77,7 +78,7 @@ class RendezvousTransport:
 
     targets = (NORM_TARGET, SUM_TARGET)
 
-    def __init__(self, communicator_id: int, mesh_axes: Sequence[str], axis_name: str) -> None:
+    def __init__(self, communicator_id: int, mesh_axes: Sequence[str], axis_name: AxisName) -> None:
         library = native.load("rendezvous")
         register(
             NORM_TARGET,
