@@ -115,8 +115,10 @@ class TorchEngine:
         self._runner.graphs = None
         seen: list[torch.Tensor] = []
 
-        def note(_module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-            seen.append(arguments[2])  # experts [T, K]
+        def note(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+            assert isinstance(module, Experts)
+            experts = arguments[2]  # [T, K]; number N is the shared one, which every step touches
+            seen.append(experts[experts < len(module.down_proj)])
 
         layers = [module for module in self._runner.model.modules() if isinstance(module, Experts)]
         hooks = [layer.register_forward_pre_hook(note) for layer in layers]
@@ -125,7 +127,7 @@ class TorchEngine:
             for step in steps:
                 seen.clear()
                 self._runner.run(step)
-                passes.append([set(experts.flatten().tolist()) for experts in seen])
+                passes.append([set(experts.tolist()) for experts in seen])
         finally:
             for hook in hooks:
                 hook.remove()

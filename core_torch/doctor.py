@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from core_torch.kernels import native
+from core_torch.kernels.choice import Answers
 from core_torch.parallel import open_parallel, rank_device
 from core_torch.worker import RankFailure, WorkerGroup
 from shared_config import (
@@ -66,6 +68,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     if hardware.device == "cuda":
         console.print(_peer_table())
     console.print(_table("FlashInfer", _flashinfer(flashinfer)))
+    console.print(_table("compiled kernels", _compiled_kernels(hardware)))
     model = ModelFacts("Qwen3NextForCausalLM", 2048, 2)
     if args.model is not None:
         config = Qwen3NextConfig.from_hf(args.model)
@@ -127,6 +130,18 @@ def _peer_table() -> Table:
     return table
 
 
+def _compiled_kernels(hardware: HardwareInfo) -> list[tuple[str, str]]:
+    """Where each module lies; which of them a model takes is in `LLM.kernels`."""
+    device = torch.device("cuda:0" if hardware.device == "cuda" else "cpu")
+    answer = native.check_device(device)
+    if not answer.usable:
+        return [("usable", f"no: {answer.reason}")]
+    arch = native.device_arch(device)
+    found = {name: native.find(name, arch) for name in native.MODULES}
+    return [(name, str(path or native.check_library(name, device).reason or "compiled on first use"))
+            for name, path in found.items()]  # fmt: skip
+
+
 def _flashinfer(info: FlashInferInfo) -> list[tuple[str, str]]:
     if not info.installed:
         return [("installed", f"no: {info.reason}")]
@@ -179,9 +194,10 @@ def _self_test(
 
 @dataclass(frozen=True)
 class _Started:
-    """A rank whose groups are up: it has a decision and generates nothing."""
+    """A rank whose groups are up: it has a decision, and neither kernels nor a model to generate with."""
 
     decision: FusionDecision
+    kernels: Answers = field(default_factory=dict)
 
     def generate(self, requests: list[Request]) -> Iterator[list[RequestOutput]]:
         raise ValueError(f"a self-test has no model to run {len(requests)} requests on")

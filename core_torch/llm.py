@@ -12,6 +12,7 @@ from typing import Any, Literal, overload
 
 import torch
 
+from core_torch.kernels.choice import Answers
 from core_torch.session import Session, SessionSpec, open_session
 from core_torch.worker import WorkerGroup
 from shared_config import FusionDecision, FusionRequest, FusionWarning, ParallelLayout, Qwen3NextConfig
@@ -26,7 +27,8 @@ class LLM:
     """A loaded model. Use it as a context manager, or call `close`.
 
     model: a Hugging Face checkpoint folder. fusion "auto" | "on" | "off", deterministic, backend, allow_multicast and
-    max_fused_bytes are the fusion request (`shared_config.FusionRequest`); the answer is in `llm.fusion`.
+    max_fused_bytes are the fusion request (`shared_config.FusionRequest`); the answer is in `llm.fusion`. Which kernels
+    of `core_torch.kernels` are compiled, and why others are not, is in `llm.kernels`.
     device: "cuda" | "cpu" | "auto". Further keywords are `EngineSettings`' (dtype, max_num_seqs, max_model_len, ...).
 
     With tensor_parallel_size > 1 it starts that many worker processes, or, under torchrun with as many ranks, runs
@@ -81,6 +83,7 @@ class LLM:
         started = self._workers or self._session
         assert started is not None
         self.fusion: FusionDecision = started.decision
+        self.kernels: Answers = started.kernels
         for warning in self.fusion.warnings:
             warnings.warn(warning, FusionWarning, stacklevel=2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from core_torch.batch import Batch, build_prefill, pack_decode, unpack_decode
 from core_torch.cache import cache_bytes, make_cache
 from core_torch.graphs import DecodeGraphs
+from core_torch.kernels.choice import KernelOptions, choose_kernels, describe
 from core_torch.models.qwen3_next import Qwen3Next
 from core_torch.parallel import Parallel
 from core_torch.sampler import sample_sequences
@@ -34,6 +36,12 @@ class ModelRunner:
             fill_dummy(self.model, seed=settings.seed)
         else:
             load_checkpoint(self.model, Path(settings.model), progress=parallel.rank == 0)
+        self.kernels = choose_kernels(
+            self.model.modules(),
+            KernelOptions(dtype, parallel.device, settings.max_num_seqs, compiled=settings.kernels == "auto"),
+        )
+        if parallel.device.type == "cuda" and parallel.rank == 0:
+            print(f"crossfuse: kernels {describe(self.kernels)}", file=sys.stderr, flush=True)
         self.num_pages = settings.num_pages or self._affordable_pages(dtype)
         self.cache = make_cache(
             config,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from core_torch.kernels.allreduce import allreduce_residual_rmsnorm
+from core_torch.kernels.choice import describe
 from core_torch.layers.norm import WEIGHT_BIAS
 from core_torch.llm import LLM
 from core_torch.models.qwen3_next import Qwen3Next
@@ -71,7 +72,11 @@ def make_record(session: Session, job: TraceJob, engine: str = "torch") -> Recor
         dtype=str(dtype).removeprefix("torch."),
         fused=decision.enabled,
         why=decision.reason,
-        versions={"torch": torch.__version__, "device": _device_name(runner.parallel.device)},
+        versions={
+            "torch": torch.__version__,
+            "device": _device_name(runner.parallel.device),
+            "kernels": describe(runner.kernels),
+        },
     )
     for num_tokens in job.op_tokens:
         residual, normed = _run_op(runner, num_tokens, dtype, job.seed)

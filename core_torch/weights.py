@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from core_torch.layers.mlp import SparseMoE
 from core_torch.models.qwen3_next import Qwen3Next
 from shared_config.checkpoint import (
     FLOAT32_PARAMETERS,
@@ -36,6 +37,8 @@ def plan_for(model: Qwen3Next, *, packed: bool = False) -> CheckpointPlan:
 def materialize(model: Qwen3Next, dtype: torch.dtype, device: torch.device) -> None:
     """Give a model built on the meta device its memory: `dtype`, but for what must stay float32."""
     for module in model.modules():
+        if isinstance(module, SparseMoE):
+            module.allocate(dtype, device)
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
                 kept = torch.float32 if name in FLOAT32_PARAMETERS else dtype

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+from core_torch.kernels.choice import Answers
 from shared_config import FusionDecision
 from shared_config.generation import Request
 from shared_config.results import RequestOutput
@@ -34,6 +35,9 @@ class RankSession(Protocol):
 
     @property
     def decision(self) -> FusionDecision: ...
+
+    @property
+    def kernels(self) -> Answers: ...
 
     def generate(self, requests: list[Request]) -> Iterator[list[RequestOutput]]: ...
 
@@ -52,7 +56,7 @@ def _serve(rank: int, world_size: int, port: int, opener: Opener, pipe: Any) -> 
     )
     try:
         with opener(rank) as session:
-            pipe.send(("ready", session.decision))
+            pipe.send(("ready", (session.decision, session.kernels)))
             while (requests := pipe.recv()) is not None:
                 for outputs in session.generate(requests):
                     if rank == 0:
@@ -96,7 +100,9 @@ class WorkerGroup:
             self._pipes.append(ours)
             self._processes.append(process)
         ready = self._collect("ready", start_timeout_s)
-        self.decision: FusionDecision = ready[0]
+        self.decision: FusionDecision
+        self.kernels: Answers
+        self.decision, self.kernels = ready[0]
 
     @property
     def pids(self) -> list[int]:

@@ -196,6 +196,15 @@ def test_graphs_read_nothing_that_was_freed() -> None:
     assert_as_good(generate_alone(prompts), eager, truth)
 
 
+def test_compiled_kernels_are_as_good_as_plain_ones() -> None:
+    truth = generate_alone(PROMPTS, dtype="float32", cuda_graphs=False)
+    plain = generate_alone(PROMPTS, kernels="plain", cuda_graphs=False)
+    with LLM(TINY, device="cuda", max_model_len=512) as llm:
+        assert all(answer.usable for answer in llm.kernels.values()), llm.kernels
+        params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, return_logits=True)
+        assert_as_good(llm.generate(PROMPTS, params), plain, truth)
+
+
 def test_one_gpu_is_deterministic_too() -> None:
     """The same bits in batches of 1, 2, 8 and 32, with CUDA graphs."""
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, return_logits=True)

@@ -170,6 +170,18 @@ def test_prebuild_compiles(folders: tuple[Path, Path], name: str, functions: lis
     assert all(callable(getattr(module, function)) for function in functions)
 
 
+def test_a_kernel_that_cannot_be_had_is_not_used(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "device_arch", lambda device: ARCH)
+    monkeypatch.setattr(native, "cuda_home", lambda: str(folders[1]))
+    answer = native.check_library("gdn_decode", CPU)
+    assert not answer.usable
+    assert "prebuild --arch 9.0a" in answer.reason
+    (folders[0] / native.library_name("gdn_decode", ARCH)).touch()
+    assert native.check_library("gdn_decode", CPU).usable
+
+
 def test_flashinfer_loads_a_prebuilt_module(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -132,6 +132,18 @@ def build(name: str, arch: str, folder: Path) -> Path:
     return library
 
 
+def check_library(name: str, device: torch.device) -> Answer:
+    """Whether module `name` can be loaded on `device`: it is there, or nvcc is."""
+    arch, nvcc = device_arch(device), Path(cuda_home(), "bin", "nvcc")
+    return first_failure(
+        (
+            find(name, arch) is not None or nvcc.is_file(),
+            f"{name} is not prebuilt for SM {arch}, and there is no {nvcc} to compile it; make it elsewhere with "
+            f"`python -m core_torch prebuild --arch {arch}` and name its folder in {PREBUILT_VARIABLE}",
+        )
+    )
+
+
 def load(name: str, device: torch.device) -> Any:
     """The module, found or compiled: the same object on every call in a process.
 

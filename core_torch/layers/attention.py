@@ -12,9 +12,12 @@ from core_torch.batch import Batch
 from core_torch.cache import KVCache
 from core_torch.kernels.allreduce import ReduceGroup
 from core_torch.kernels.attention import decode_attention, prefill_attention, write_kv
+from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
+from core_torch.kernels.norm_rope import check_norm_rope, norm_rope
+from core_torch.kernels.paged_decode import check_paged_decode, paged_decode_attention
 from core_torch.kernels.rope import apply_rotary, rotary_cos_sin
 from core_torch.layers.linear import Linear, RowParallelLinear
-from core_torch.layers.norm import RMSNorm
+from core_torch.layers.norm import WEIGHT_BIAS, RMSNorm
 from core_torch.partial_sum import PartialSum
 from shared_config.checkpoint import head_share
 from shared_config.model import Qwen3NextConfig
@@ -43,10 +46,31 @@ class GatedAttention(nn.Module):
         self.out_proj = RowParallelLinear(
             self.sizes[0], config.hidden_size, group, bias=config.attention_bias
         )
+        self.compiled = NOT_ASKED
+
+    def choose_kernels(self, options: KernelOptions) -> Answers:
+        """One kernel writes the cache and the other reads it; a decode step runs both or neither."""
+        answers = {
+            "norm_rope": options.ask(
+                "norm_rope", check_norm_rope, head_dim=self.head_dim, rotary_dim=self.rotary_dim
+            ),
+            "paged_decode": options.ask(
+                "paged_decode",
+                check_paged_decode,
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                max_num_seqs=options.max_num_seqs,
+            ),
+        }
+        self.compiled = next((a for a in answers.values() if not a.usable), answers["paged_decode"])
+        return dict.fromkeys(answers, self.compiled)
 
     def forward(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> PartialSum:
-        T = x.shape[0]
-        q, gate, k, v = self.in_proj(x).split(self.sizes, dim=-1)
+        T, projected = x.shape[0], self.in_proj(x)
+        if batch.is_decode and self.compiled.usable:
+            return self.out_proj(self._decode(projected, batch, cache))
+        q, gate, k, v = projected.split(self.sizes, dim=-1)
         q = self.q_norm(q.reshape(T, self.num_heads, self.head_dim))
         k = self.k_norm(k.reshape(T, self.num_kv_heads, self.head_dim))
         v = v.reshape(T, self.num_kv_heads, self.head_dim)
@@ -55,6 +79,32 @@ class GatedAttention(nn.Module):
         write_kv(k, v, cache.k, cache.v, batch.kv_slots)
         out = self._attend(q, batch, cache)
         return self.out_proj(out.reshape(T, -1) * gate.sigmoid())
+
+    def _decode(self, projected: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
+        q = norm_rope(
+            projected,
+            batch.positions,
+            batch.kv_slots,
+            cache.k,
+            cache.v,
+            q_weight=self.q_norm.weight,
+            k_weight=self.k_norm.weight,
+            num_heads=self.num_heads,
+            rotary_dim=self.rotary_dim,
+            theta=self.rope_theta,
+            eps=self.q_norm.eps,
+            weight_bias=WEIGHT_BIAS,
+        )
+        out = paged_decode_attention(
+            q,
+            cache.k,
+            cache.v,
+            batch.page_tables,
+            batch.lengths,
+            scale=self.head_dim**-0.5,
+            gate=projected[:, self.sizes[0] : 2 * self.sizes[0]],
+        )
+        return out.flatten(1)
 
     def _attend(self, q: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
         scale = self.head_dim**-0.5

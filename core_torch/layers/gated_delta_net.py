@@ -11,12 +11,10 @@ from torch import nn
 from core_torch.batch import Batch
 from core_torch.cache import StateCache
 from core_torch.kernels.allreduce import ReduceGroup
-from core_torch.kernels.causal_conv import causal_conv, causal_conv_step
-from core_torch.kernels.gated_delta_rule import (
-    chunk_gated_delta_rule,
-    gated_delta_gates,
-    gated_delta_rule_step,
-)
+from core_torch.kernels.causal_conv import causal_conv
+from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
+from core_torch.kernels.gated_delta_rule import chunk_gated_delta_rule, gated_delta_gates
+from core_torch.kernels.gdn_decode import check_gdn_decode, gdn_decode, gdn_decode_plain
 from core_torch.layers.linear import Linear, RowParallelLinear
 from core_torch.layers.norm import GatedRMSNorm
 from core_torch.partial_sum import PartialSum
@@ -48,17 +46,28 @@ class GatedDeltaNet(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(self.num_v_heads), requires_grad=False)
         self.norm = GatedRMSNorm(self.v_dim, config.rms_norm_eps)
         self.out_proj = RowParallelLinear(value, config.hidden_size, group)
+        self.compiled = NOT_ASKED
+
+    def choose_kernels(self, options: KernelOptions) -> Answers:
+        self.compiled = options.ask(
+            "gdn_decode",
+            check_gdn_decode,
+            num_k_heads=self.num_k_heads,
+            num_v_heads=self.num_v_heads,
+            k_dim=self.k_dim,
+            v_dim=self.v_dim,
+            taps=self.conv.weight.shape[1],
+        )
+        return {"gdn_decode": self.compiled}
 
     def forward(self, x: torch.Tensor, batch: Batch, cache: StateCache) -> PartialSum:
-        T = x.shape[0]
-        qkv, z, b, a = self.in_proj(x).split(self.sizes, dim=-1)
+        projected = self.in_proj(x)
+        if batch.is_decode:
+            return self.out_proj(self._decode(projected, batch, cache))
+        qkv, z, b, a = projected.split(self.sizes, dim=-1)
         g, beta = gated_delta_gates(a, b, self.A_log, self.dt_bias)
-        out = (
-            self._decode(qkv, g, beta, batch, cache)
-            if batch.is_decode
-            else self._prefill(qkv, g, beta, batch, cache)
-        )
-        return self.out_proj(self.norm(out, z.reshape(out.shape)).reshape(T, -1))
+        out = self._prefill(qkv, g, beta, batch, cache)
+        return self.out_proj(self.norm(out, z.reshape(out.shape)).flatten(1))
 
     def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         key = self.num_k_heads * self.k_dim
@@ -69,15 +78,19 @@ class GatedDeltaNet(nn.Module):
             v.unflatten(-1, (self.num_v_heads, self.v_dim)),
         )
 
-    def _decode(
-        self, qkv: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, batch: Batch, cache: StateCache
-    ) -> torch.Tensor:
-        slots = batch.state_slots
-        qkv, conv = causal_conv_step(qkv, cache.conv[slots], self.conv.weight)
-        cache.conv[slots] = conv
-        out, state = gated_delta_rule_step(*self._heads(qkv), g, beta, cache.recurrent[slots])
-        cache.recurrent[slots] = state
-        return out
+    def _decode(self, projected: torch.Tensor, batch: Batch, cache: StateCache) -> torch.Tensor:
+        decode = gdn_decode if self.compiled.usable else gdn_decode_plain
+        return decode(
+            projected,
+            cache.conv,
+            cache.recurrent,
+            batch.state_slots,
+            conv_weight=self.conv.weight,
+            a_log=self.A_log,
+            dt_bias=self.dt_bias,
+            norm_weight=self.norm.weight,
+            eps=self.norm.eps,
+        )
 
     def _prefill(
         self, qkv: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, batch: Batch, cache: StateCache

@@ -6,14 +6,19 @@ Shapes: T tokens, D hidden, I local intermediate, N experts, K experts per token
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from core_torch.kernels.allreduce import ReduceGroup
+from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.moe import route, routed_experts, swiglu
+from core_torch.kernels.moe_decode import MAX_TOKENS, check_moe_decode, route_decode, routed_experts_decode
 from core_torch.layers.linear import Linear, RowParallelLinear
 from core_torch.partial_sum import PartialSum
 from shared_config.checkpoint import div_even
 from shared_config.model import Qwen3NextConfig
+
+ROW_MULTIPLE = 8  # of the router's product: 16 bytes of logits, as cuBLAS's fast kernels want them
 
 
 class MLP(nn.Module):
@@ -34,7 +39,10 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' weights: gate_up_proj [N, 2I, D], down_proj [N, D, I]."""
+    """The routed experts' weights: gate_up_proj [N, 2I, D], down_proj [N, D, I].
+
+    `with_shared` are the same tensors one expert longer, where the shared one lies behind them (see `SparseMoE`).
+    """
 
     def __init__(self, config: Qwen3NextConfig, group: ReduceGroup) -> None:
         super().__init__()
@@ -43,13 +51,27 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(N, 2 * local, D), requires_grad=False)
         self.down_proj = nn.Parameter(torch.empty(N, D, local), requires_grad=False)
         self.group = group
+        self.with_shared: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def forward(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> PartialSum:
-        return PartialSum(routed_experts(x, weights, experts, self.gate_up_proj, self.down_proj), self.group)
+    def forward(
+        self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, tiles: torch.Tensor | None = None
+    ) -> PartialSum:
+        """With `tiles` (of `route_decode`) in compiled kernels, where expert N is the shared one, if it lies there."""
+        own = self.gate_up_proj, self.down_proj
+        if tiles is None:
+            part = routed_experts(x, weights, experts, *own)
+        else:
+            part = routed_experts_decode(x, weights, experts, *(self.with_shared or own), tiles=tiles)
+        return PartialSum(part, self.group)
 
 
 class SparseMoE(nn.Module):
-    """x [T, D] -> routed experts + sigmoid(gate) * shared expert, as one partial sum."""
+    """x [T, D] -> routed experts + sigmoid(gate) * shared expert, as one partial sum.
+
+    A shared expert of the routed ones' size lies behind them in memory, as expert number N, and its gate behind the
+    router's rows: few tokens then need one product for all logits and no kernels of the shared expert's own. The
+    parameters stay what they are by name and shape; they are views.
+    """
 
     def __init__(self, config: Qwen3NextConfig, group: ReduceGroup) -> None:
         super().__init__()
@@ -60,8 +82,72 @@ class SparseMoE(nn.Module):
             config, config.shared_expert_intermediate_size, group, "shared_expert_intermediate_size"
         )
         self.shared_expert_gate = Linear(config.hidden_size, 1)
+        self.router_weight: torch.Tensor | None = None  # gate's rows, shared_expert_gate's, rows of zeros
+        self.compiled = NOT_ASKED
+
+    @property
+    def shares_shape(self) -> bool:
+        return self.shared_expert.gate_up_proj.weight.shape == self.experts.gate_up_proj.shape[1:]
+
+    def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Give the parameters that lie behind one another their memory, where the shapes allow it."""
+        if not self.shares_shape:
+            return
+        experts, shared = self.experts, self.shared_expert
+        experts.with_shared = (
+            one_behind_the_other(experts, "gate_up_proj", shared.gate_up_proj, dtype, device),
+            one_behind_the_other(experts, "down_proj", shared.down_proj, dtype, device),
+        )
+        self.router_weight = one_behind_the_other(
+            self.gate, "weight", self.shared_expert_gate, dtype, device, multiple=ROW_MULTIPLE
+        )
+
+    def choose_kernels(self, options: KernelOptions) -> Answers:
+        N, D, local = self.experts.down_proj.shape
+        more = self.router_weight is not None
+        self.compiled = options.ask(
+            "moe_decode",
+            check_moe_decode,
+            num_experts=N + more,
+            top_k=self.top_k + more,
+            hidden_size=D,
+            intermediate_size=local,
+        )
+        return {"moe_decode": self.compiled}
 
     def forward(self, x: torch.Tensor) -> PartialSum:
+        if self.compiled.usable and x.shape[0] <= MAX_TOKENS:
+            return self._few_tokens(x)
         weights, experts = route(self.gate(x), top_k=self.top_k, normalize=self.normalize)
-        routed = self.experts(x, weights, experts)
-        return routed + self.shared_expert(x, scale=self.shared_expert_gate(x).sigmoid())
+        return self.experts(x, weights, experts) + self._shared(x)
+
+    def _few_tokens(self, x: torch.Tensor) -> PartialSum:
+        N = len(self.gate.weight)
+        logits = self.gate(x) if self.router_weight is None else F.linear(x, self.router_weight)[:, : N + 1]
+        routing = route_decode(logits, num_experts=N, top_k=self.top_k, normalize=self.normalize)
+        part = self.experts(x, routing.weights, routing.experts, routing.tiles)
+        return part if self.router_weight is not None else part + self._shared(x)
+
+    def _shared(self, x: torch.Tensor) -> PartialSum:
+        return self.shared_expert(x, scale=self.shared_expert_gate(x).sigmoid())
+
+
+def one_behind_the_other(
+    module: nn.Module,
+    name: str,
+    other: Linear | RowParallelLinear,
+    dtype: torch.dtype,
+    device: torch.device,
+    multiple: int = 1,
+) -> torch.Tensor:
+    """One tensor whose first rows become `module`'s parameter `name` [N, ...], and the next one(s) `other`'s weight.
+
+    It has a multiple of `multiple` rows; those behind the two are zero.
+    """
+    first, second = getattr(module, name), other.weight
+    rows = first.shape[0] + second.numel() // first[0].numel()
+    both = torch.empty(-(-rows // multiple) * multiple, *first.shape[1:], dtype=dtype, device=device)
+    both[rows:].zero_()
+    setattr(module, name, nn.Parameter(both[: first.shape[0]], requires_grad=False))
+    other.weight = nn.Parameter(both[first.shape[0] : rows].view(second.shape), requires_grad=False)
+    return both

@@ -1,0 +1,68 @@
+"""Which kernels a model's layers run: each layer asks once, after its weights have their place, and keeps the answer.
+
+Compiled kernels are for decode steps. `deterministic` allows all of them: in each, what a row computes and the order in
+which it is summed depend on that row and on the model's sizes alone, never on the batch, the launch or the padding (the
+GPU tests compare bits), so a sequence has the same bits alone and in any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from core_torch.kernels import native
+
+Answers = dict[str, native.Answer]  # by the name of the module in csrc
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """What every layer's question has in common. `compiled=False` is the user's no."""
+
+    dtype: torch.dtype
+    device: torch.device
+    max_num_seqs: int
+    compiled: bool = True
+
+    def ask(self, name: str, check: Callable[..., native.Answer], **shapes: Any) -> native.Answer:
+        """`check` of the module `name` for these shapes; a module that cannot be had is as good as none."""
+        if not self.compiled:
+            return native.Answer(False, "kernels='plain' was asked for")
+        answer = check(**shapes, dtype=self.dtype, device=self.device)
+        return native.check_library(name, self.device) if answer.usable else answer
+
+
+@runtime_checkable
+class Chooser(Protocol):
+    """A layer with compiled kernels."""
+
+    def choose_kernels(self, options: KernelOptions) -> Answers:
+        """Ask for this layer's shapes and keep the answers."""
+        ...
+
+
+NOT_ASKED = native.Answer(False, "no kernels were chosen for this model")
+
+
+def choose_kernels(layers: Iterable[object], options: KernelOptions) -> Answers:
+    """Let every layer choose; layers of one kind have the same shapes, and so the same answers."""
+    answers: Answers = {}
+    for layer in layers:
+        if isinstance(layer, Chooser):
+            answers |= layer.choose_kernels(options)
+    return answers
+
+
+def describe(answers: Answers) -> str:
+    """One line: what is compiled, and why the rest is not."""
+    compiled = [name for name, answer in answers.items() if answer.usable]
+    reasons: dict[str, list[str]] = {}
+    for name, answer in answers.items():
+        if not answer.usable:
+            reasons.setdefault(answer.reason, []).append(name)
+    parts = [f"compiled: {', '.join(compiled)}"] if compiled else []
+    parts += [f"plain: {', '.join(names)} ({reason})" for reason, names in reasons.items()]
+    return "; ".join(parts)

@@ -1,0 +1,133 @@
+"""How the layers use compiled kernels, on CPU: plain torch stands in for each kernel, under its signature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from core_torch import LLM, SamplingParams
+from core_torch.kernels import attention as plain_attention
+from core_torch.kernels import moe
+from core_torch.kernels.choice import KernelOptions, describe
+from core_torch.kernels.gdn_decode import gdn_decode_plain
+from core_torch.kernels.moe_decode import Routing
+from core_torch.kernels.native import Answer
+from core_torch.kernels.norm_rope import norm_rope_plain
+from core_torch.layers import attention, gated_delta_net, mlp
+from tests import reference
+
+TINY = Path(__file__).parent / "data/tiny-qwen3-next"
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, return_logits=True)
+PROMPTS = [[5, 6, 7, 8, 9], [3] * 21, [1, 2]]
+
+
+def paged(q: Any, k: Any, v: Any, tables: Any, lengths: Any, *, scale: float, gate: Any) -> torch.Tensor:
+    out = plain_attention.decode_attention(q, k, v, tables, lengths, scale=scale)
+    return out * gate.sigmoid().view(out.shape)
+
+
+def route(logits: torch.Tensor, *, num_experts: int, top_k: int, normalize: bool) -> Routing:
+    assert logits.stride(1) == 1
+    weights, experts = moe.route(logits[:, :num_experts], top_k=top_k, normalize=normalize)
+    if logits.shape[1] > num_experts:
+        weights = torch.cat((weights, logits[:, num_experts:].sigmoid()), dim=1)
+        experts = torch.cat((experts, torch.full_like(experts[:, :1], num_experts)), dim=1)
+    return Routing(weights, experts.int(), torch.zeros(1))
+
+
+def experts(x: Any, weights: Any, experts: Any, gate_up: Any, down: Any, *, tiles: Any) -> torch.Tensor:
+    assert gate_up.is_contiguous()
+    assert down.is_contiguous()
+    return moe.routed_experts(x, weights, experts.long(), gate_up, down)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Every kernel is usable, and counted."""
+    calls: dict[str, int] = {}
+    functions = {
+        (gated_delta_net, "gdn_decode"): gdn_decode_plain,
+        (attention, "norm_rope"): norm_rope_plain,
+        (attention, "paged_decode_attention"): paged,
+        (mlp, "route_decode"): route,
+        (mlp, "routed_experts_decode"): experts,
+    }
+    for (module, name), function in functions.items():
+
+        def counted(*args: Any, name: str = name, function: Any = function, **kwargs: Any) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+    ask = KernelOptions.ask
+    monkeypatch.setattr(
+        KernelOptions, "ask", lambda self, *a, **k: Answer(True) if self.compiled else ask(self, *a, **k)
+    )
+    return calls
+
+
+def generate(folder: Path, **options: Any) -> tuple[Any, list[Any]]:
+    with LLM(folder, max_model_len=64, **options) as llm:
+        return llm.kernels, llm.generate(PROMPTS, GREEDY)
+
+
+def equal_sizes(tmp_path: Path) -> Path:
+    """A model whose shared expert has the routed ones' size, as the 80B model's has."""
+    reference.CONFIGS["equal_experts"] = {"shared_expert_intermediate_size": 32}
+    try:
+        return reference.save_model(reference.make_model("equal_experts"), tmp_path, packed=False)
+    finally:
+        del reference.CONFIGS["equal_experts"]
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_decode_runs_in_kernels_and_gives_the_plain_results(
+    equal: bool, tmp_path: Path, stand_ins: dict[str, int]
+) -> None:
+    folder = equal_sizes(tmp_path) if equal else TINY
+    answers, plain = generate(folder, dtype="float32", kernels="plain")
+    assert not stand_ins
+    assert all(a.reason == "kernels='plain' was asked for" for a in answers.values())
+    answers, got = generate(folder, dtype="float32")
+    assert answers == dict.fromkeys(("gdn_decode", "moe_decode", "norm_rope", "paged_decode"), Answer(True))
+    assert set(stand_ins) == {
+        "gdn_decode", "norm_rope", "paged_decode_attention", "route_decode", "routed_experts_decode"
+    }  # fmt: skip
+    for mine, want in zip(got, plain, strict=True):
+        assert mine.token_ids == want.token_ids
+        assert reference.relative_error(np.stack(mine.logits), np.stack(want.logits)) < 1e-5
+
+
+def first_moe(llm: LLM) -> mlp.SparseMoE:
+    assert llm._session is not None
+    return next(m for m in llm._session.runner.model.modules() if isinstance(m, mlp.SparseMoE))
+
+
+def test_the_shared_expert_lies_behind_the_routed_ones(tmp_path: Path) -> None:
+    with LLM(equal_sizes(tmp_path)) as llm:
+        layer = first_moe(llm)
+        assert layer.router_weight is not None
+        assert layer.experts.with_shared is not None
+        gate_up, down = layer.experts.with_shared
+        assert gate_up.data_ptr() == layer.experts.gate_up_proj.data_ptr()
+        assert torch.equal(gate_up[-1], layer.shared_expert.gate_up_proj.weight)
+        assert torch.equal(down[-1], layer.shared_expert.down_proj.weight)
+        assert layer.router_weight.shape == (16, 64)  # 8 experts, the gate, zeros up to a multiple of 8
+        assert torch.equal(layer.router_weight[8:9], layer.shared_expert_gate.weight)
+        assert not layer.router_weight[9:].any()
+    with LLM(TINY) as llm:
+        assert first_moe(llm).experts.with_shared is None
+
+
+def test_without_a_gpu_the_reason_is_told() -> None:
+    with LLM(TINY, 2, max_model_len=64) as llm:  # through the worker's answer
+        assert describe(llm.kernels) == (
+            "plain: gdn_decode, moe_decode, norm_rope, paged_decode (compiled kernels need a CUDA GPU, and this is cpu)"
+        )
+    assert describe({"a": Answer(True), "b": Answer(False, "no")}) == "compiled: a; plain: b (no)"
+    with pytest.raises(ValueError, match="kernels must be one of auto, plain"):
+        LLM(TINY, kernels="fast")
