@@ -59,6 +59,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     for (module, name), function in functions.items():
 
         def counted(*args: Any, name: str = name, function: Any = function, **kwargs: Any) -> Any:
+            assert all(weight.is_contiguous() for weight in kwargs.pop("ahead", ()))
             calls[name] = calls.get(name, 0) + 1
             return function(*args, **kwargs)
 

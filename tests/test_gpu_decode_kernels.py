@@ -23,7 +23,7 @@ from core_torch.kernels.paged_decode import check_paged_decode, paged_decode_att
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 
-SIZES = (1, 3, 63, 67)
+SIZES = (1, 3, 63, 67, 131)
 EPS = 1e-6
 SLACK = 1.1  # times the plain path's distance from float64
 
@@ -160,7 +160,8 @@ def test_gdn_decode_leaves_nothing_of_padding_rows() -> None:
 def test_gdn_decode_bits_do_not_depend_on_the_batch_or_the_launch() -> None:
     case = Gdn(67, 8, 16, 128, 128)
     out, conv, state = case.run(gdn_decode)
-    for options in ({"units_per_block": 2}, {"units_per_block": 4}, {"launch_with_pdl": False}, {}):
+    ahead = {"ahead": [randn(513, 8), randn(7)]}
+    for options in ({"units_per_block": 2}, {"units_per_block": 4}, {"launch_with_pdl": False}, ahead, {}):
         for got, want in zip(case.run(gdn_decode, **options), (out, conv, state), strict=True):
             assert torch.equal(got, want), options
     case.slots = case.slots.int()
@@ -241,6 +242,9 @@ def test_moe_decode_bits_do_not_depend_on_the_batch_or_the_launch(experts: Moe) 
     want = routed_experts_decode(x, weights, chosen, experts.gate_up, experts.down)
     without = routed_experts_decode(x, weights, chosen, experts.gate_up, experts.down, launch_with_pdl=False)
     assert torch.equal(without, want)
+    ahead = [randn(513, 8), randn(7)]
+    fetching = routed_experts_decode(x, weights, chosen, experts.gate_up, experts.down, ahead=ahead)
+    assert torch.equal(fetching, want)
     for rows in (slice(0, 1), slice(5, 8), slice(30, 67)):
         part = (x[rows], weights[rows], chosen[rows].int())
         assert torch.equal(routed_experts_decode(*part, experts.gate_up, experts.down), want[rows])
@@ -400,7 +404,8 @@ def test_paged_decode_gates_its_result() -> None:
 def test_paged_decode_bits_do_not_depend_on_the_batch_or_the_launch() -> None:
     case = Paged(tuple(range(40, 4000, 61)), 8, 1, 256, 16)
     want = case.run()
-    assert torch.equal(case.run(launch_with_pdl=False), want)
+    for options in ({"launch_with_pdl": False}, {"ahead": [randn(513, 8), randn(7)]}):
+        assert torch.equal(case.run(**options), want)
     case.tables, case.lengths = case.tables.int(), case.lengths.int()
     assert torch.equal(case.run(), want)
     case.q, case.tables, case.lengths = case.q[50:51], case.tables[50:51], case.lengths[50:51]
@@ -478,7 +483,7 @@ def time_moe(case: Moe, T: int) -> Iterator[Row]:
     def calls(function: Callable[..., Tensor], **options: bool) -> list[Callable[[], object]]:
         return [partial(function, *batch, case.gate_up, case.down, **options) for batch in batches]
 
-    yield "moe_decode", T, median_us(calls(routed_experts_decode)), moved
+    yield "moe_group, moe_decode", T, median_us(calls(routed_experts_decode)), moved
     yield "moe_decode without PDL", T, median_us(calls(routed_experts_decode, launch_with_pdl=False)), moved
     yield "moe plain (grouped_mm)", T, median_us(calls(moe.routed_experts)), moved
     options = {"top_k": case.K, "normalize": True}
@@ -487,6 +492,13 @@ def time_moe(case: Moe, T: int) -> Iterator[Row]:
     yield "moe_route", T, us, logits[0].nbytes
     us = median_us([partial(moe.route, x, **options) for x in logits])
     yield "moe route plain", T, us, logits[0].nbytes
+    routed = [route_decode(x, num_experts=case.N, **options) for x in logits]
+    steps: list[Callable[[], object]] = [
+        partial(routed_experts_decode, x, r.weights, r.experts, case.gate_up, case.down, tiles=r.tiles)
+        for (x, _, _), r in zip(batches, routed, strict=True)
+    ]
+    distinct = sum(len(r.experts.unique()) for r in routed) / len(routed)
+    yield "moe_decode", T, median_us(steps), distinct * 3 * case.I * case.D * 2.0
 
 
 def time_paged(B: int, length: int) -> Iterator[Row]:

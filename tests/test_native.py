@@ -157,10 +157,10 @@ needs_nvcc = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("name", "functions"),
     [
-        ("gdn_decode", ["gdn_decode"]),
-        ("moe_decode", ["moe_route", "moe_group", "moe_decode"]),
+        ("gdn_decode", ["gdn_decode", "gdn_decode_ahead"]),
+        ("moe_decode", ["moe_route", "moe_group", "moe_decode", "moe_decode_ahead"]),
         ("norm_rope", ["norm_rope"]),
-        ("paged_decode", ["paged_decode"]),
+        ("paged_decode", ["paged_decode", "paged_decode_ahead"]),
     ],
 )
 def test_prebuild_compiles(folders: tuple[Path, Path], name: str, functions: list[str]) -> None:

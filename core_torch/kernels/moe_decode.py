@@ -5,6 +5,7 @@ Shapes: T tokens, D hidden, N experts, K experts per token, I intermediate (this
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,13 +82,15 @@ def routed_experts_decode(
     down: Tensor,
     *,
     tiles: Tensor | None = None,
+    ahead: Sequence[Tensor] = (),
     launch_with_pdl: bool = True,
 ) -> Tensor:
-    """`moe.routed_experts` in three kernels; capturable, and a token's bits do not depend on the rest of the batch.
+    """`moe.routed_experts` in two or three kernels; capturable, and a token's bits do not depend on the other tokens.
 
     x [T, D], weights [T, K] bfloat16; experts [T, K] int32 or int64, where an id below 0 stands for no expert;
     gate_up [N, 2I, D] (gate rows first), down [N, D, I] -> this rank's partial sum [T, D]. `tiles` come from
-    `route_decode`; without them one more kernel makes them.
+    `route_decode`; without them one more kernel makes them. `ahead`: up to two contiguous tensors (weights that later
+    kernels read) that are fetched into the L2 cache meanwhile.
     """
     T, K = experts.shape
     N, D, I = down.shape  # noqa: E741
@@ -96,7 +99,17 @@ def routed_experts_decode(
     if tiles is None:
         tiles = _new_tiles(experts)
         native.function("moe_group", x.device, of="moe_decode")(experts, tiles, N, launch_with_pdl)
-    native.function("moe_decode", x.device)(
-        x, weights, experts, tiles, gate_up, down, hidden, parts, out, launch_with_pdl
+    native.function("moe_decode_ahead", x.device, of="moe_decode")(
+        x,
+        weights,
+        experts,
+        tiles,
+        gate_up,
+        down,
+        hidden,
+        parts,
+        out,
+        launch_with_pdl,
+        *native.ahead_operands(ahead),
     )
     return out

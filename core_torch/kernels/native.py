@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +167,14 @@ def _load(name: str, arch: str) -> Any:
 def function(name: str, device: torch.device, of: str | None = None) -> Any:
     """TVM-FFI function `name` of the module `of` (default: of the same name)."""
     return getattr(load(of or name, device), name)
+
+
+def ahead_operands(ahead: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The last two operands of a kernel that fetches what later kernels read (`fetch_ahead` in csrc/device.cuh)."""
+    if len(ahead) > 2:
+        raise ValueError(f"at most two tensors can be fetched ahead, got {len(ahead)}")
+    first, second = (*ahead, None, None)[:2]
+    return first, second
 
 
 @contextmanager

@@ -5,6 +5,8 @@ Shapes: B sequences of one token each, H query heads, G KV heads, d head_dim, P 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,13 +51,15 @@ def paged_decode_attention(
     *,
     scale: float,
     gate: Tensor | None = None,
+    ahead: Sequence[Tensor] = (),
     launch_with_pdl: bool = True,
 ) -> Tensor:
     """One token each: q [B, H, d], page_tables [B, P], lengths [B] (the new token counted) -> [B, H, d].
 
     The caches are [pages, page_size, G, d]; tables and lengths int32 or int64, alike; `gate` [B, H d] multiplies the
     result by its sigmoid. Capturable: the launches depend on P, the work on the lengths, and a sequence's bits on
-    nothing but its own length and values.
+    nothing but its own length and values. `ahead`: up to two contiguous tensors (weights that later kernels read) that
+    are fetched into the L2 cache meanwhile.
     """
     B, H, d = q.shape
     page_size, G = k_cache.shape[1:3]
@@ -63,7 +67,18 @@ def paged_decode_attention(
     values = q.new_empty(B, G, splits, MAX_GROUP, d, dtype=torch.float32)
     sums = q.new_empty(B, G, splits, MAX_GROUP, 2, dtype=torch.float32)
     out = q.new_empty(B, H, d)
-    native.function("paged_decode", q.device)(
-        q, k_cache, v_cache, page_tables, lengths, values, sums, out, gate, scale, launch_with_pdl
+    native.function("paged_decode_ahead", q.device, of="paged_decode")(
+        q,
+        k_cache,
+        v_cache,
+        page_tables,
+        lengths,
+        values,
+        sums,
+        out,
+        gate,
+        scale,
+        launch_with_pdl,
+        *native.ahead_operands(ahead),
     )
     return out

@@ -16,7 +16,7 @@ from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.norm_rope import check_norm_rope, norm_rope
 from core_torch.kernels.paged_decode import check_paged_decode, paged_decode_attention
 from core_torch.kernels.rope import apply_rotary, rotary_cos_sin
-from core_torch.layers.linear import Linear, RowParallelLinear
+from core_torch.layers.linear import Ahead, Linear, RowParallelLinear
 from core_torch.layers.norm import WEIGHT_BIAS, RMSNorm
 from core_torch.partial_sum import PartialSum
 from shared_config.checkpoint import head_share
@@ -47,6 +47,7 @@ class GatedAttention(nn.Module):
             self.sizes[0], config.hidden_size, group, bias=config.attention_bias
         )
         self.compiled = NOT_ASKED
+        self.ahead: Ahead = (self.out_proj,)
 
     def choose_kernels(self, options: KernelOptions) -> Answers:
         """One kernel writes the cache and the other reads it; a decode step runs both or neither."""
@@ -103,6 +104,7 @@ class GatedAttention(nn.Module):
             batch.lengths,
             scale=self.head_dim**-0.5,
             gate=projected[:, self.sizes[0] : 2 * self.sizes[0]],
+            ahead=[layer.weight for layer in self.ahead],
         )
         return out.flatten(1)
 

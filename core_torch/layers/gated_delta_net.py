@@ -5,6 +5,8 @@ Shapes: T tokens, D hidden, H local key heads, HV local value heads, dk, dv head
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -15,7 +17,7 @@ from core_torch.kernels.causal_conv import causal_conv
 from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.gated_delta_rule import chunk_gated_delta_rule, gated_delta_gates
 from core_torch.kernels.gdn_decode import check_gdn_decode, gdn_decode, gdn_decode_plain
-from core_torch.layers.linear import Linear, RowParallelLinear
+from core_torch.layers.linear import Ahead, Linear, RowParallelLinear
 from core_torch.layers.norm import GatedRMSNorm
 from core_torch.partial_sum import PartialSum
 from shared_config.checkpoint import div_even
@@ -47,6 +49,7 @@ class GatedDeltaNet(nn.Module):
         self.norm = GatedRMSNorm(self.v_dim, config.rms_norm_eps)
         self.out_proj = RowParallelLinear(value, config.hidden_size, group)
         self.compiled = NOT_ASKED
+        self.ahead: Ahead = (self.out_proj,)
 
     def choose_kernels(self, options: KernelOptions) -> Answers:
         self.compiled = options.ask(
@@ -79,7 +82,9 @@ class GatedDeltaNet(nn.Module):
         )
 
     def _decode(self, projected: torch.Tensor, batch: Batch, cache: StateCache) -> torch.Tensor:
-        decode = gdn_decode if self.compiled.usable else gdn_decode_plain
+        decode = gdn_decode_plain
+        if self.compiled.usable:
+            decode = partial(gdn_decode, ahead=[layer.weight for layer in self.ahead])
         return decode(
             projected,
             cache.conv,

@@ -40,3 +40,8 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> PartialSum:
         bias = self.bias if self.group.rank == 0 else None
         return PartialSum(F.linear(x, self.weight, bias), self.group)
+
+
+Ahead = tuple[
+    Linear | RowParallelLinear, ...
+]  # at most two whose weights a decode kernel fetches for those after it

@@ -13,7 +13,7 @@ from core_torch.kernels.allreduce import ReduceGroup
 from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.moe import route, routed_experts, swiglu
 from core_torch.kernels.moe_decode import MAX_TOKENS, check_moe_decode, route_decode, routed_experts_decode
-from core_torch.layers.linear import Linear, RowParallelLinear
+from core_torch.layers.linear import Ahead, Linear, RowParallelLinear
 from core_torch.partial_sum import PartialSum
 from shared_config.checkpoint import div_even
 from shared_config.model import Qwen3NextConfig
@@ -54,14 +54,22 @@ class Experts(nn.Module):
         self.with_shared: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(
-        self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, tiles: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        experts: torch.Tensor,
+        tiles: torch.Tensor | None = None,
+        ahead: Ahead = (),
     ) -> PartialSum:
         """With `tiles` (of `route_decode`) in compiled kernels, where expert N is the shared one, if it lies there."""
         own = self.gate_up_proj, self.down_proj
         if tiles is None:
             part = routed_experts(x, weights, experts, *own)
         else:
-            part = routed_experts_decode(x, weights, experts, *(self.with_shared or own), tiles=tiles)
+            own = self.with_shared or own
+            part = routed_experts_decode(
+                x, weights, experts, *own, tiles=tiles, ahead=[layer.weight for layer in ahead]
+            )
         return PartialSum(part, self.group)
 
 
@@ -84,6 +92,7 @@ class SparseMoE(nn.Module):
         self.shared_expert_gate = Linear(config.hidden_size, 1)
         self.router_weight: torch.Tensor | None = None  # gate's rows, shared_expert_gate's, rows of zeros
         self.compiled = NOT_ASKED
+        self.ahead: Ahead = ()  # the next layer's first
 
     @property
     def shares_shape(self) -> bool:
@@ -125,7 +134,7 @@ class SparseMoE(nn.Module):
         N = len(self.gate.weight)
         logits = self.gate(x) if self.router_weight is None else F.linear(x, self.router_weight)[:, : N + 1]
         routing = route_decode(logits, num_experts=N, top_k=self.top_k, normalize=self.normalize)
-        part = self.experts(x, routing.weights, routing.experts, routing.tiles)
+        part = self.experts(x, routing.weights, routing.experts, routing.tiles, self.ahead)
         return part if self.router_weight is not None else part + self._shared(x)
 
     def _shared(self, x: torch.Tensor) -> PartialSum:

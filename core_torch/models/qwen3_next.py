@@ -8,6 +8,8 @@ Shapes: T tokens, D hidden, V vocabulary, L rows whose logits are wanted.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -37,6 +39,7 @@ class DecoderLayer(nn.Module):
             if config.is_moe_layer(index)
             else MLP(config, config.intermediate_size, mlp, "intermediate_size")
         )
+        self.mixer.ahead += (self.mlp.gate if isinstance(self.mlp, SparseMoE) else self.mlp.gate_up_proj,)
 
     def forward(
         self, owed: PartialSum | None, residual: torch.Tensor, batch: Batch, cache: LayerCache
@@ -56,9 +59,11 @@ class Qwen3Next(nn.Module):
         super().__init__()
         self.config, self.attention, self.mlp = config, attention, mlp
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, attention)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, i, attention, mlp) for i in range(config.num_hidden_layers)
-        )
+        layers = [DecoderLayer(config, i, attention, mlp) for i in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
+        for layer, following in pairwise(layers):
+            if isinstance(layer.mlp, SparseMoE):
+                layer.mlp.ahead = (following.mixer.in_proj,)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = self.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = ParallelHead(config.vocab_size, config.hidden_size, attention, tied)

@@ -86,6 +86,33 @@ __device__ __forceinline__ void let_next_grid_start() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
+__device__ __forceinline__ void prefetch_line(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
+}
+
+// Weights that a later kernel reads: on their way into the L2 cache while memory would lie idle. Block `block`
+// of `blocks` asks for its share, one warp for all of it; nobody waits for it.
+struct Ahead {
+  const char* data;
+  int64_t bytes;  // a multiple of 16
+};
+__device__ __forceinline__ void fetch_ahead(const Ahead& ahead, int block, int blocks) {
+  constexpr int kPiece = 4096;
+  if (threadIdx.x >= kWarp) return;
+  for (int64_t at = (static_cast<int64_t>(block) * kWarp + threadIdx.x) * kPiece; at < ahead.bytes;
+       at += static_cast<int64_t>(blocks) * kWarp * kPiece) {
+    const int64_t left = ahead.bytes - at;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(ahead.data + at),
+                 "r"(static_cast<uint32_t>(left < kPiece ? left : kPiece))
+                 : "memory");
+  }
+}
+
+__device__ __forceinline__ void fetch_all_ahead(const Ahead (&ahead)[2], int block, int blocks) {
+  fetch_ahead(ahead[0], block, blocks);
+  fetch_ahead(ahead[1], block, blocks);
+}
+
 // Clusters: a few blocks on neighbouring multiprocessors that can write into each other's shared memory.
 __device__ __forceinline__ int cluster_rank() {
   uint32_t rank;
@@ -103,6 +130,11 @@ __device__ __forceinline__ void cluster_arrive() {
 }
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The whole meeting; what any block wrote before it, to global memory too, all blocks see after it.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  cluster_wait();
 }
 
 // A mailbox in shared memory: a barrier that opens when `bytes` have come from blocks of the cluster. One

@@ -1,5 +1,6 @@
 // TVM-FFI: gdn_decode(projected, conv, state, slots, conv_weight, a_log, dt_bias, norm_weight, out, eps,
 //                     units_per_block, launch_with_pdl)
+//          gdn_decode_ahead(the same, first, second), two tensors or None to be fetched into the L2 cache
 //
 // On TVM-FFI's current stream; conv and state change in place, out is written; nothing is allocated.
 
@@ -10,9 +11,12 @@ namespace crossfuse::gdn {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-void run(TensorView projected, TensorView conv, TensorView state, TensorView slots, TensorView conv_weight,
-         TensorView a_log, TensorView dt_bias, TensorView norm_weight, TensorView out, double eps,
-         int64_t units_per_block, bool launch_with_pdl) {
+using Some = tvm::ffi::Optional<TensorView>;
+
+void run_ahead(TensorView projected, TensorView conv, TensorView state, TensorView slots,
+               TensorView conv_weight, TensorView a_log, TensorView dt_bias, TensorView norm_weight,
+               TensorView out, double eps, int64_t units_per_block, bool launch_with_pdl, Some first_ahead,
+               Some second_ahead) {
   check_dense(state, "state", {-1, -1, -1, -1});
   check_dense(conv, "conv", {state.size(0), -1, -1});
   const int64_t B = projected.size(0), HV = state.size(1), dk = state.size(2), dv = state.size(3);
@@ -62,7 +66,8 @@ void run(TensorView projected, TensorView conv, TensorView state, TensorView slo
                       slots.stride(0),       data<bf16>(conv_weight), data<float>(a_log),
                       data<float>(dt_bias),  data<bf16>(norm_weight), data<bf16>(out),
                       static_cast<int>(H),   static_cast<int>(HV),    static_cast<int>(dk),
-                      static_cast<int>(dv),  static_cast<float>(eps)};
+                      static_cast<int>(dv),  static_cast<float>(eps),
+                      {ahead_of<Ahead>(first_ahead, projected), ahead_of<Ahead>(second_ahead, projected)}};
   const unsigned cluster = static_cast<unsigned>(divide_up(units, per_block));
   tvm::ffi::CUDADeviceGuard guard(projected.device().device_id);
   const Launch how{dim3(cluster * static_cast<unsigned>(H), static_cast<unsigned>(B)),
@@ -72,6 +77,14 @@ void run(TensorView projected, TensorView conv, TensorView state, TensorView slo
   launch(how, kernel, params);
 }
 
+void run(TensorView projected, TensorView conv, TensorView state, TensorView slots, TensorView conv_weight,
+         TensorView a_log, TensorView dt_bias, TensorView norm_weight, TensorView out, double eps,
+         int64_t units_per_block, bool launch_with_pdl) {
+  run_ahead(projected, conv, state, slots, conv_weight, a_log, dt_bias, norm_weight, out, eps,
+            units_per_block, launch_with_pdl, {}, {});
+}
+
 }  // namespace crossfuse::gdn
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gdn_decode, crossfuse::gdn::run);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gdn_decode_ahead, crossfuse::gdn::run_ahead);

@@ -41,6 +41,7 @@ struct Params {
   bf16* out;                // [B, HV dv]
   int H, HV, dk, dv;
   float eps;
+  Ahead ahead[2];
 };
 
 struct Shared {
@@ -146,6 +147,8 @@ __global__ void __launch_bounds__(kMaxUnits* kUnitThreads) decode(const __grid_c
     const int r = first_row + i * kRowLanes;
     s[i] = live && has_column && r < p.dk ? as_floats(load_once(state + r * p.dv)) : float4{};
   }
+
+  fetch_all_ahead(p.ahead, blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y);
 
   const bf16* projected = p.projected + row * p.projected_stride;
   if (unit == 0 && part < 2) {

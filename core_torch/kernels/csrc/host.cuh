@@ -97,6 +97,22 @@ inline int num_multiprocessors(TensorView x) {
   return count;
 }
 
+// What `fetch_ahead` takes: a contiguous operand's bytes, or none.
+template <typename Ahead>
+Ahead ahead_of(const tvm::ffi::Optional<TensorView>& x, TensorView beside) {
+  if (!x.has_value()) return {nullptr, 0};
+  const TensorView tensor = x.value();
+  check_devices({beside, tensor});
+  int64_t bytes = tensor.dtype().bits / 8;
+  for (int i = tensor.ndim() - 1; i >= 0; --i) {
+    if (tensor.size(i) > 1 && tensor.stride(i) * (tensor.dtype().bits / 8) != bytes) {
+      TVM_FFI_THROW(ValueError) << "what is fetched ahead must be contiguous";
+    }
+    bytes *= tensor.size(i);
+  }
+  return {data<const char>(tensor), bytes / 16 * 16};
+}
+
 struct Launch {
   dim3 grid, block;
   cudaStream_t stream;

@@ -1,10 +1,13 @@
 // TVM-FFI: moe_route(logits, weights, experts, tiles, num_experts, normalize, launch_with_pdl)
 //          moe_group(experts, tiles, num_experts, launch_with_pdl)
 //          moe_decode(x, weights, experts, tiles, gate_up, down, hidden, parts, out, launch_with_pdl)
+//          moe_decode_ahead(the same, first, second), two tensors or None to be fetched into the L2 cache
 //
 // `moe_route`, or `moe_group` where the choice is made already, writes the list of tiles that `moe_decode`
 // works through; tiles int32 [T K + 1, 16], hidden bfloat16 [T K, I] and parts float32 [T K, D] are scratch.
 // On TVM-FFI's current stream; nothing is allocated.
+
+#include <algorithm>
 
 #include "host.cuh"
 #include "moe_decode.cuh"
@@ -62,12 +65,17 @@ void run_route(TensorView logits, TensorView weights, TensorView experts, Tensor
                      shared == 1};
   tvm::ffi::CUDADeviceGuard guard(logits.device().device_id);
   auto kernel = num_experts <= 16 * kWarp ? route<16> : route<32>;
-  launch({dim3(1), dim3(kGroupThreads), current_stream(logits), launch_with_pdl}, kernel, params);
+  const unsigned blocks = static_cast<unsigned>(
+      std::clamp<int64_t>((T + kRouteTokens - 1) / kRouteTokens, 1, kRouteBlocks));
+  launch({dim3(blocks), dim3(kGroupThreads), current_stream(logits), launch_with_pdl, blocks}, kernel,
+         params);
 }
 
-void run_experts(TensorView x, TensorView weights, TensorView experts, TensorView tiles,
-                 TensorView gate_up_weight, TensorView down_weight, TensorView hidden, TensorView parts,
-                 TensorView out, bool launch_with_pdl) {
+using Some = tvm::ffi::Optional<TensorView>;
+
+void run_experts_ahead(TensorView x, TensorView weights, TensorView experts, TensorView tiles,
+                       TensorView gate_up_weight, TensorView down_weight, TensorView hidden, TensorView parts,
+                       TensorView out, bool launch_with_pdl, Some first_ahead, Some second_ahead) {
   check_dense(down_weight, "down", {-1, -1, -1});
   const int64_t T = experts.size(0), K = experts.size(1);
   const int64_t N = down_weight.size(0), D = down_weight.size(1), I = down_weight.size(2);
@@ -98,7 +106,8 @@ void run_experts(TensorView x, TensorView weights, TensorView experts, TensorVie
                        x.stride(0),          static_cast<int>(D),        static_cast<int>(I),
                        static_cast<int>(K)};
   const Combine last{routing,         data<float>(parts),  data<bf16>(weights),
-                     data<bf16>(out), static_cast<int>(D), static_cast<int>(K)};
+                     data<bf16>(out), static_cast<int>(D), static_cast<int>(K),
+                     {ahead_of<Ahead>(first_ahead, x), ahead_of<Ahead>(second_ahead, x)}};
   tvm::ffi::CUDADeviceGuard guard(x.device().device_id);
   const cudaStream_t stream = current_stream(x);
   const unsigned resident = static_cast<unsigned>(num_multiprocessors(x)) * kBlocks;
@@ -107,6 +116,11 @@ void run_experts(TensorView x, TensorView weights, TensorView experts, TensorVie
   };
   const dim3 block(kWarps * kWarp);
   launch({blocks(T * K * (I / 8)), block, stream, launch_with_pdl}, gate_up, params);
+  if (T <= kFewTokens && K <= kFewChoices) {
+    const dim3 grid(static_cast<unsigned>((D + kTileRows - 1) / kTileRows), static_cast<unsigned>(T));
+    launch({grid, dim3(static_cast<unsigned>(K) * kWarp), stream, launch_with_pdl}, down_few, params, last);
+    return;
+  }
   launch({blocks(T * K * ((D + 63) / 64)), block, stream, launch_with_pdl}, down, params);
   constexpr unsigned kColumns = 128 * 4;
   launch({dim3(static_cast<unsigned>(D + kColumns - 1) / kColumns, static_cast<unsigned>(T)), dim3(128),
@@ -114,8 +128,16 @@ void run_experts(TensorView x, TensorView weights, TensorView experts, TensorVie
          combine, last);
 }
 
+void run_experts(TensorView x, TensorView weights, TensorView experts, TensorView tiles,
+                 TensorView gate_up_weight, TensorView down_weight, TensorView hidden, TensorView parts,
+                 TensorView out, bool launch_with_pdl) {
+  run_experts_ahead(x, weights, experts, tiles, gate_up_weight, down_weight, hidden, parts, out,
+                    launch_with_pdl, {}, {});
+}
+
 }  // namespace crossfuse::moe
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_route, crossfuse::moe::run_route);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_group, crossfuse::moe::run_group);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_decode, crossfuse::moe::run_experts);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(moe_decode_ahead, crossfuse::moe::run_experts_ahead);

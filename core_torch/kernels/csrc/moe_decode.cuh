@@ -8,6 +8,8 @@
 //            that both meet in one thread; its 4 warps share the sum over D
 //   down     y[pair] = down h[pair], [T K, D] in float32: a warp takes 16 rows
 //   combine  out[t] = sum over k of weights[t, k] y[t K + k]
+//   down_few both at once, for so few tokens that hardly an expert has two: a block takes 16 rows of a token's
+//            result, a warp one of the token's experts
 //
 // A token's sums have one order whatever else is in the batch, and there are no floating-point atomics.
 #pragma once
@@ -23,6 +25,8 @@ constexpr int kBlocks = 5;  // on a multiprocessor at once
 constexpr int kChunk = 32;  // columns that a warp loads with one instruction a row
 constexpr int kStep = 2;    // chunks between two waits
 constexpr int kStages = 3;  // steps under way: 20 warps * 2 steps * 2 KiB of weights at least
+constexpr int kLine = 64;   // columns in a line of the L2 cache
+constexpr int kFewTokens = 8, kFewChoices = 16, kFewChunks = 4;  // of down_few: chunks a lane has under way
 
 // A tile's record lies in a warp, a word a lane. Lane l has the weight rows l / 4 and l / 4 + 8, the token
 // column l / 4, and in results the token columns 2 (l % 4) and 2 (l % 4) + 1.
@@ -201,10 +205,12 @@ struct Combine {
   const bf16* weights;  // [T, K]
   bf16* out;            // [T, D]
   int D, K;
+  Ahead ahead[2];
 };
 
 // A block takes 4 columns a thread of one token.
 __global__ void combine(const __grid_constant__ Combine p) {
+  fetch_all_ahead(p.ahead, blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y);
   wait_for_previous_grid();
   const int column = (blockIdx.x * blockDim.x + threadIdx.x) * 4, token = blockIdx.y;
   if (column >= p.D) return;
@@ -220,6 +226,63 @@ __global__ void combine(const __grid_constant__ Combine p) {
   }
   *reinterpret_cast<uint2*>(p.out + static_cast<int64_t>(token) * p.D + column) =
       make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
+}
+
+__global__ void __launch_bounds__(kFewChoices* kWarp)
+    down_few(const __grid_constant__ Experts p, const __grid_constant__ Combine c) {
+  __shared__ float products[kFewChoices][kTileRows];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, first_row = blockIdx.x * kTileRows;
+  const int pair = blockIdx.y * p.K + warp, low = first_row + lane / 4;
+  // The routing lies there before the wait: gate_up had waited for it when it let this kernel start. So the
+  // weights are on their way while gate_up still runs.
+  const int expert = expert_of(c.routing, pair);
+  const bf16* weight = p.down + static_cast<int64_t>(max(expert, 0)) * p.D * p.I + lane % 4 * 8;
+  const bf16* rows[2] = {weight + min(low, p.D - 1) * p.I, weight + min(low + 8, p.D - 1) * p.I};
+  const bf16* hidden = p.hidden + pair * p.I + lane % 4 * 8;
+  const bool has_token = expert >= 0 && lane / 4 == 0;
+  float even[4] = {}, odd[4] = {};
+  for (int begin = 0; begin < p.I; begin += kFewChunks * kChunk) {
+    uint4 content[2][kFewChunks];
+#pragma unroll
+    for (int i = 0; i < kFewChunks; ++i) {
+      const int column = begin + i * kChunk;
+      const bool valid = column + lane % 4 * 8 < p.I;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        content[half][i] = valid ? load_once(rows[half] + column) : make_uint4(0, 0, 0, 0);
+    }
+    // More registers would keep this block off a multiprocessor that gate_up's blocks are still on.
+    for (int column = kFewChunks * kChunk; begin == 0 && lane % 4 == 0 && column < p.I; column += kLine) {
+      prefetch_line(rows[0] + column);
+      prefetch_line(rows[1] + column);
+    }
+    wait_for_previous_grid();
+#pragma unroll
+    for (int i = 0; i < kFewChunks; ++i) {
+      const int column = begin + i * kChunk;
+      const bool valid = has_token && column + lane % 4 * 8 < p.I;
+      const uint4 token =
+          valid ? *reinterpret_cast<const uint4*>(hidden + column) : make_uint4(0, 0, 0, 0);
+      const uint4 low_row = content[0][i], high_row = content[1][i];
+      multiply_add(even, low_row.x, high_row.x, low_row.y, high_row.y, token.x, token.y);
+      multiply_add(odd, low_row.z, high_row.z, low_row.w, high_row.w, token.z, token.w);
+    }
+  }
+  let_next_grid_start();
+  fetch_all_ahead(c.ahead, blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y);
+  if (lane % 4 == 0) {  // the token is column 0
+    products[warp][lane / 4] = even[0] + odd[0];
+    products[warp][lane / 4 + 8] = even[2] + odd[2];
+  }
+  __syncthreads();
+  const int row = first_row + threadIdx.x;
+  if (threadIdx.x >= kTileRows || row >= p.D) return;
+  float sum = 0.0f;
+  for (int k = 0; k < p.K; ++k) {
+    const int at = blockIdx.y * p.K + k;
+    if (expert_of(c.routing, at) >= 0) sum += to_float(c.weights[at]) * products[k][threadIdx.x];
+  }
+  c.out[static_cast<int64_t>(blockIdx.y) * p.D + row] = __float2bfloat16(sum);
 }
 
 }  // namespace crossfuse::moe

@@ -3,7 +3,7 @@
 // Shapes: T tokens, N experts, K experts a token. A pair is a (token, choice): t K + k. A tile is up to 8
 // pairs of one expert.
 //
-//   route  the choices from the router's logits, and the list of tiles, in one block: a warp takes a token
+//   route  the choices from the router's logits, and the list of tiles, in one cluster: a warp takes a token
 //   group  the list of tiles alone
 #pragma once
 
@@ -16,6 +16,8 @@ constexpr int kTileTokens = 8;
 // that holds the number of tiles.
 constexpr int kRecord = 16;
 constexpr int kGroupThreads = 1024, kMaxExperts = 1024;
+constexpr int kRouteBlocks = 8;  // of a cluster at most
+constexpr int kRouteTokens = 8;  // of a block before another one joins: two warps a scheduler
 
 struct Group {
   const void* experts;  // [T, K]; ids outside 0..N-1 are skipped: rows that pad a batch
@@ -101,8 +103,9 @@ template <int kPerLane>  // N <= 32 kPerLane
 __global__ void __launch_bounds__(kGroupThreads) route(const __grid_constant__ Route p) {
   wait_for_previous_grid();
   let_next_grid_start();
-  const int lane = threadIdx.x % kWarp, choices = p.K + p.shared;
-  for (int token = threadIdx.x / kWarp; token < p.T; token += kGroupThreads / kWarp) {
+  const int lane = threadIdx.x % kWarp, choices = p.K + p.shared, blocks = gridDim.x;
+  for (int token = threadIdx.x / kWarp * blocks + blockIdx.x; token < p.T;
+       token += kGroupThreads / kWarp * blocks) {
     const bf16* logits = p.logits + token * p.logits_stride;
     uint32_t keys[kPerLane];
 #pragma unroll
@@ -141,7 +144,12 @@ __global__ void __launch_bounds__(kGroupThreads) route(const __grid_constant__ R
       p.experts[token * choices + lane] = p.N;
     }
   }
-  __syncthreads();
+  if (blocks == 1) {
+    __syncthreads();
+  } else {
+    cluster_sync();
+    if (blockIdx.x > 0) return;
+  }
   list_tiles({p.experts, false, p.tiles, p.T * choices, p.N + p.shared});
 }
 

@@ -1,4 +1,5 @@
 // TVM-FFI: paged_decode(q, k, v, tables, lengths, values, sums, out, gate, scale, launch_with_pdl)
+//          paged_decode_ahead(the same, first, second), two tensors or None to be fetched into the L2 cache
 //
 // values float32 [B, G, S, 8, d] and sums float32 [B, G, S, 8, 2] are scratch, with S = min(64, the 64-token
 // blocks of a table's pages). On TVM-FFI's current stream; nothing is allocated.
@@ -18,9 +19,11 @@ void start(const Params& params, int64_t most_items, unsigned multiprocessors, c
       combine<kDim>, params);
 }
 
-void run(TensorView q, TensorView k, TensorView v, TensorView tables, TensorView lengths, TensorView values,
-         TensorView sums, TensorView out, tvm::ffi::Optional<TensorView> gate, double scale,
-         bool launch_with_pdl) {
+using Some = tvm::ffi::Optional<TensorView>;
+
+void run_ahead(TensorView q, TensorView k, TensorView v, TensorView tables, TensorView lengths,
+               TensorView values, TensorView sums, TensorView out, Some gate, double scale,
+               bool launch_with_pdl, Some first_ahead, Some second_ahead) {
   check_rows(q, "q", {-1, -1, -1});
   const int64_t B = q.size(0), H = q.size(1), d = q.size(2);
   check_dense(k, "k", {-1, -1, -1, d});
@@ -73,12 +76,19 @@ void run(TensorView q, TensorView k, TensorView v, TensorView tables, TensorView
                       static_cast<int>(G),
                       static_cast<int>(page_size),
                       static_cast<int>(splits),
-                      static_cast<float>(scale * 1.4426950408889634)};
+                      static_cast<float>(scale * 1.4426950408889634),
+                      {ahead_of<Ahead>(first_ahead, q), ahead_of<Ahead>(second_ahead, q)}};
   tvm::ffi::CUDADeviceGuard guard(q.device().device_id);
   auto begin = d == 64 ? start<64> : d == 128 ? start<128> : start<256>;
   begin(params, B * G * splits, num_multiprocessors(q), current_stream(q), launch_with_pdl);
 }
 
+void run(TensorView q, TensorView k, TensorView v, TensorView tables, TensorView lengths, TensorView values,
+         TensorView sums, TensorView out, Some gate, double scale, bool launch_with_pdl) {
+  run_ahead(q, k, v, tables, lengths, values, sums, out, gate, scale, launch_with_pdl, {}, {});
+}
+
 }  // namespace crossfuse::paged
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(paged_decode, crossfuse::paged::run);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(paged_decode_ahead, crossfuse::paged::run_ahead);

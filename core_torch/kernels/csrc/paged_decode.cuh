@@ -38,6 +38,7 @@ struct Params {
   int64_t gate_stride;
   int B, H, G, page_size, splits;
   float scale;  // times log2(e)
+  Ahead ahead[2];
 };
 
 __device__ __forceinline__ int64_t index(const Params& p, const void* array, int64_t i) {
@@ -251,6 +252,7 @@ __global__ void __launch_bounds__(kDim) combine(const __grid_constant__ Params p
   __shared__ float weights[kMaxSplits];
   __shared__ float total;
   __shared__ float4 partial[kGroups][kLanes];
+  fetch_all_ahead(p.ahead, blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y);
   wait_for_previous_grid();
   const int head = blockIdx.x, sequence = blockIdx.y, group = p.H / p.G, lane = threadIdx.x % kLanes;
   const int part = threadIdx.x / kLanes;
