@@ -1,8 +1,9 @@
-"""The tensors that describe one forward pass.
+"""The tensors that describe one forward pass on one rank.
 
-Shapes: T tokens of all sequences one after another, S sequences, P pages of the longest one. A decode pass has one
-token a sequence (T = S) and only fixed-shape tensors, so that it can be captured; rows that pad it up to a bucket
-belong to page 0 and slot 0, which no sequence owns.
+Shapes: T tokens of all sequences one after another, R of them on this rank (all but in context-parallel prefill), S
+sequences, P pages of the longest one, L rows whose logits are wanted. A decode pass has one token a sequence (T = S)
+and only fixed-shape tensors, so that it can be captured. Rows that pad a pass belong to page 0 and slot 0, which no
+sequence owns; in prefill they are one more chunk at the end.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from shared_config.layout import RankPlace
+from shared_config.placement import ELSEWHERE, Placement
 from shared_config.scheduler import Chunk, Step
 
 
@@ -27,13 +30,13 @@ class Span:
 
 @dataclass
 class Batch:
-    token_ids: torch.Tensor  # [T] int64
+    token_ids: torch.Tensor  # [R] int64
     positions: torch.Tensor  # [T] int64, within each sequence
     kv_slots: torch.Tensor  # [T] int64, page * page_size + offset
     page_tables: torch.Tensor  # [S, P] int64
     lengths: torch.Tensor  # [S] int64, this pass's tokens counted
     state_slots: torch.Tensor  # [S] int64
-    logit_rows: torch.Tensor  # [L] int64, the rows whose logits are wanted
+    logit_rows: torch.Tensor  # [L] int64, of this rank's rows; ELSEWHERE for a row that another rank holds
     spans: tuple[Span, ...]  # prefill chunks; empty for decode
 
     @property
@@ -41,37 +44,47 @@ class Batch:
         return not self.spans
 
 
-def build_prefill(step: Step, *, page_size: int, device: torch.device, all_logits: bool = False) -> Batch:
-    """Tensors for a prefill step; logits of every row with `all_logits`, else of the rows that sample."""
+def build_prefill(
+    placement: Placement,
+    place: RankPlace,
+    wanted: list[tuple[int, int]],
+    *,
+    page_size: int,
+    device: torch.device,
+) -> Batch:
+    """Tensors for a prefill step on the rank at `place`; `wanted` rows get logits (see `Placement.local_rows`)."""
     token_ids: list[int] = []
     positions: list[int] = []
     kv_slots: list[int] = []
-    logit_rows: list[int] = []
     spans: list[Span] = []
-    for chunk in step.chunks:
+    chunks = placement.part(place.dp).chunks
+    tables = [chunk.sequence.pages for chunk in chunks]
+    for chunk in chunks:
         sequence, end = chunk.sequence, chunk.start + chunk.num_tokens
         spans.append(Span(len(token_ids), chunk.num_tokens, chunk.start, sequence.slot))
         token_ids += sequence.prompt[chunk.start : end]
         positions += range(chunk.start, end)
         kv_slots += [_kv_slot(chunk, p, page_size) for p in range(chunk.start, end)]
-        if all_logits:
-            logit_rows += range(spans[-1].first, len(token_ids))
-        elif chunk.samples:
-            logit_rows.append(len(token_ids) - 1)
-    width = max(len(chunk.sequence.pages) for chunk in step.chunks)
-    tables = [chunk.sequence.pages + [0] * (width - len(chunk.sequence.pages)) for chunk in step.chunks]
+    if padding := placement.pass_rows - len(token_ids):
+        spans.append(Span(len(token_ids), padding, 0, 0))
+        tables.append([0] * -(-padding // page_size))
+        token_ids += [0] * padding
+        positions += range(padding)
+        kv_slots += [p % page_size for p in range(padding)]
+    width = max(map(len, tables))
 
     def tensor(values: list[int] | list[list[int]]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
+    held = placement.held(place.cp)
     return Batch(
-        token_ids=tensor(token_ids),
+        token_ids=tensor(token_ids[held.start : held.stop]),
         positions=tensor(positions),
         kv_slots=tensor(kv_slots),
-        page_tables=tensor(tables),
-        lengths=tensor([chunk.start + chunk.num_tokens for chunk in step.chunks]),
-        state_slots=tensor([chunk.sequence.slot for chunk in step.chunks]),
-        logit_rows=tensor(logit_rows),
+        page_tables=tensor([table + [0] * (width - len(table)) for table in tables]),
+        lengths=tensor([span.start + span.num_tokens for span in spans]),
+        state_slots=tensor([span.slot for span in spans]),
+        logit_rows=tensor(placement.local_rows(wanted, place)),
         spans=tuple(spans),
     )
 
@@ -91,8 +104,17 @@ def pack_decode(step: Step, *, page_size: int, rows: int, pages: int) -> torch.T
     return torch.tensor(columns, dtype=torch.int64).T.contiguous()
 
 
-def unpack_decode(packed: torch.Tensor) -> Batch:
-    """The batch whose tensors are views of `pack_decode`'s tensor, wherever that lies now."""
+def unpack_decode(packed: torch.Tensor, place: RankPlace, attn_dp_size: int) -> Batch:
+    """The batch whose tensors are views of `pack_decode`'s tensor, wherever that lies now.
+
+    Logits are wanted of all rows of all attention-DP ranks, one rank's after another's.
+    """
+    rows = packed.shape[1]
+    logit_rows = torch.arange(rows, device=packed.device)
+    if attn_dp_size > 1:
+        mine, logit_rows = logit_rows, logit_rows.new_full((attn_dp_size * rows,), ELSEWHERE)
+        if place.cp == 0:
+            logit_rows[place.dp * rows : (place.dp + 1) * rows] = mine
     token_ids, positions, kv_slots, lengths, state_slots = packed[:5]
     return Batch(
         token_ids=token_ids,
@@ -101,7 +123,7 @@ def unpack_decode(packed: torch.Tensor) -> Batch:
         page_tables=packed[5:].T,
         lengths=lengths,
         state_slots=state_slots,
-        logit_rows=torch.arange(packed.shape[1], device=packed.device),
+        logit_rows=logit_rows,
         spans=(),
     )
 

@@ -14,6 +14,7 @@ from core_torch.cache import LayerCache
 from core_torch.kernels.counts import ReductionCounts
 from core_torch.models.qwen3_next import Qwen3Next
 from core_torch.parallel import Parallel
+from shared_config.placement import Placement
 from shared_config.scheduler import Step
 from shared_config.settings import EngineSettings
 
@@ -29,7 +30,7 @@ def decode_buckets(max_num_seqs: int, *, deterministic: bool) -> list[int]:
 
 
 class DecodeGraphs:
-    """Captures on construction. `run` pads a decode step to the next bucket and replays it."""
+    """Captures on construction. `run` replays a decode step that was padded to the next bucket."""
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class DecodeGraphs:
         max_pages: int,
     ) -> None:
         self.page_size, self.max_pages = settings.page_size, max_pages
+        self._layout, self._place = parallel.layout, parallel.place
         self.buckets = decode_buckets(settings.max_num_seqs, deterministic=settings.deterministic)
         self._counts = [group.counts for group in (parallel.attention, parallel.mlp)]
         self._inputs: dict[int, torch.Tensor] = {}
@@ -64,7 +66,8 @@ class DecodeGraphs:
     ) -> None:
         idle = pack_decode(Step(False, ()), page_size=self.page_size, rows=rows, pages=self.max_pages)
         self._inputs[rows] = idle.to(device)
-        batch = self._batches[rows] = unpack_decode(self._inputs[rows])
+        batch = unpack_decode(self._inputs[rows], self._place, self._layout.attn_dp_size)
+        self._batches[rows] = batch
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -79,10 +82,14 @@ class DecodeGraphs:
         self._graphs[rows] = graph
         self._captured[rows] = [c.difference(b) for c, b in zip(self._counts, before, strict=True)]
 
-    def run(self, step: Step) -> torch.Tensor:
-        """Logits [bucket, V] of a decode step, valid until the next one; the step's rows come first."""
-        rows = next(bucket for bucket in self.buckets if bucket >= len(step.chunks))
-        packed = pack_decode(step, page_size=self.page_size, rows=rows, pages=self.max_pages)
+    def bucket(self, rows: int) -> int:
+        """The captured size that `rows` are padded to."""
+        return next(bucket for bucket in self.buckets if bucket >= rows)
+
+    def run(self, placement: Placement) -> torch.Tensor:
+        """Logits [attn_dp_size * bucket, V] of a decode step placed with `bucket`, valid until the next one."""
+        rows, part = placement.pass_rows, placement.part(self._place.dp)
+        packed = pack_decode(part, page_size=self.page_size, rows=rows, pages=self.max_pages)
         self._inputs[rows].copy_(packed.pin_memory(), non_blocking=True)
         self._graphs[rows].replay()
         for counts, captured in zip(self._counts, self._captured[rows], strict=True):

@@ -29,6 +29,7 @@ class LLM:
     model: a Hugging Face checkpoint folder. fusion "auto" | "on" | "off", deterministic, backend, allow_multicast and
     max_fused_bytes are the fusion request (`shared_config.FusionRequest`); the answer is in `llm.fusion`. Which kernels
     of `core_torch.kernels` are compiled, and why others are not, is in `llm.kernels`.
+    attn_cp_size, attn_dp_size, moe_dp_size and ep_size cut tensor_parallel_size (`shared_config.ParallelLayout`).
     device: "cuda" | "cpu" | "auto". Further keywords are `EngineSettings`' (dtype, max_num_seqs, max_model_len, ...).
 
     With tensor_parallel_size > 1 it starts that many worker processes, or, under torchrun with as many ranks, runs
@@ -44,6 +45,10 @@ class LLM:
         deterministic: bool = False,
         dtype: str = "auto",
         *,
+        attn_cp_size: int = 1,
+        attn_dp_size: int = 1,
+        moe_dp_size: int = 1,
+        ep_size: int = 1,
         device: str = "auto",
         backend: str = "auto",
         allow_multicast: bool = False,
@@ -52,7 +57,7 @@ class LLM:
     ) -> None:
         folder = Path(model)
         self.config = Qwen3NextConfig.from_hf(folder)
-        layout = ParallelLayout(tp_size=tensor_parallel_size)
+        layout = ParallelLayout(tensor_parallel_size, attn_cp_size, attn_dp_size, moe_dp_size, ep_size)
         layout.validate(self.config)
         tokenizer_file = folder / "tokenizer.json"
         self._spec = SessionSpec(
@@ -147,7 +152,7 @@ class LLM:
         """A random seed; under torchrun all ranks must draw the same, so there it comes from rank 0."""
         seed = int.from_bytes(os.urandom(7), "little")
         if self._workers is None and self._session is not None:
-            seed = self._session.runner.parallel.attention.comm.bcast(seed, 0)
+            seed = self._session.runner.parallel.comm.bcast(seed, 0)
         return seed
 
     def close(self) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 
-from core_torch.batch import Batch, build_prefill, pack_decode, unpack_decode
+from core_torch.batch import build_prefill, pack_decode, unpack_decode
 from core_torch.cache import cache_bytes, make_cache
 from core_torch.graphs import DecodeGraphs
 from core_torch.kernels.choice import KernelOptions, choose_kernels, describe
@@ -17,6 +18,7 @@ from core_torch.sampler import sample_sequences
 from core_torch.weights import fill_dummy, load_checkpoint, materialize
 from shared_config import Qwen3NextConfig
 from shared_config.generation import StepResult
+from shared_config.placement import place_step
 from shared_config.results import Reductions
 from shared_config.scheduler import Step
 from shared_config.settings import EngineSettings
@@ -30,7 +32,7 @@ class ModelRunner:
     ) -> None:
         self.config, self.parallel, self.settings = config, parallel, settings
         with torch.device("meta"):
-            self.model = Qwen3Next(config, parallel.attention, parallel.mlp)
+            self.model = Qwen3Next(config, parallel.attention, parallel.mlp, parallel.pieces)
         materialize(self.model, dtype, parallel.device)
         if settings.load_format == "dummy":
             fill_dummy(self.model, seed=settings.seed)
@@ -45,7 +47,7 @@ class ModelRunner:
         self.num_pages = settings.num_pages or self._affordable_pages(dtype)
         self.cache = make_cache(
             config,
-            tp_size=parallel.attention.size,
+            head_shares=parallel.layout.head_shares,
             num_pages=self.num_pages,
             page_size=settings.page_size,
             num_slots=settings.max_num_seqs,
@@ -64,11 +66,14 @@ class ModelRunner:
         if self.parallel.device.type != "cuda":
             return wanted
         page, slot = cache_bytes(
-            self.config, tp_size=self.parallel.attention.size, page_size=s.page_size, itemsize=dtype.itemsize
+            self.config,
+            head_shares=self.parallel.layout.head_shares,
+            page_size=s.page_size,
+            itemsize=dtype.itemsize,
         )
         free, total = torch.cuda.mem_get_info(self.parallel.device)
         budget = free - int(total * (1 - s.memory_fraction)) - (s.max_num_seqs + 1) * slot
-        fits = min(self.parallel.attention.comm.allgather(budget // max(page, 1)))
+        fits = min(self.parallel.comm.allgather(budget // max(page, 1)))
         if fits < 1:
             raise MemoryError(
                 f"no memory is left for the KV cache: {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free after the "
@@ -101,38 +106,59 @@ class ModelRunner:
 
     def _prefill(self, step: Step) -> tuple[torch.Tensor, list[list[float]]]:
         """(logits of the rows that sample, prompt log-probabilities where asked for)."""
-        s = self.settings
         all_logits = any(chunk.sequence.params.prompt_logprobs for chunk in step.chunks)
-        batch = build_prefill(step, page_size=s.page_size, device=self.parallel.device, all_logits=all_logits)
+        if all_logits:
+            wanted = [
+                (i, offset) for i, chunk in enumerate(step.chunks) for offset in range(chunk.num_tokens)
+            ]
+        else:
+            wanted = [(i, chunk.num_tokens - 1) for i, chunk in enumerate(step.chunks) if chunk.samples]
+        batch = build_prefill(
+            place_step(step, self.parallel.layout),
+            self.parallel.place,
+            wanted,
+            page_size=self.settings.page_size,
+            device=self.parallel.device,
+        )
         logits = self.model(batch, self.cache)
         if not all_logits:
             return logits, []
-        last = [
-            span.first + span.num_tokens - 1
-            for span, chunk in zip(batch.spans, step.chunks, strict=True)
-            if chunk.samples
-        ]
-        return logits[last], self._prompt_logprobs(step, batch, logits)
+        ends = accumulate(chunk.num_tokens for chunk in step.chunks)
+        last = [end - 1 for end, chunk in zip(ends, step.chunks, strict=True) if chunk.samples]
+        return logits[last], self._prompt_logprobs(step, logits)
 
     def _decode(self, step: Step) -> torch.Tensor:
         """Logits, one row for each sequence. `deterministic` pins every shape: always all rows, all pages."""
-        s, count = self.settings, len(step.chunks)
+        s, layout = self.settings, self.parallel.layout
         if self.graphs is not None:
-            return self.graphs.run(step)[:count]
-        rows = s.max_num_seqs if s.deterministic else count
-        pages = self.max_pages if s.deterministic else max(len(chunk.sequence.pages) for chunk in step.chunks)
-        packed = pack_decode(step, page_size=s.page_size, rows=rows, pages=pages)
-        return self.model(unpack_decode(packed.to(self.parallel.device)), self.cache)[:count]
+            placement = place_step(step, layout, round_up=self.graphs.bucket)
+            logits = self.graphs.run(placement)
+        else:
+            pinned = s.max_num_seqs if s.deterministic else 0
+            placement = place_step(step, layout, round_up=lambda rows: max(rows, pinned))
+            width = max(len(chunk.sequence.pages) for chunk in step.chunks)
+            packed = pack_decode(
+                placement.part(self.parallel.place.dp),
+                page_size=s.page_size,
+                rows=placement.pass_rows,
+                pages=self.max_pages if s.deterministic else width,
+            ).to(self.parallel.device)
+            batch = unpack_decode(packed, self.parallel.place, layout.attn_dp_size)
+            logits = self.model(batch, self.cache)
+        if layout.attn_dp_size == 1:
+            return logits[: len(step.chunks)]
+        return logits[placement.decode_rows()]
 
     @staticmethod
-    def _prompt_logprobs(step: Step, batch: Batch, logits: torch.Tensor) -> list[list[float]]:
-        """For each chunk, the log-probabilities of the prompt tokens that follow its rows."""
+    def _prompt_logprobs(step: Step, logits: torch.Tensor) -> list[list[float]]:
+        """For each chunk, the log-probabilities of the prompt tokens after its rows; logits [T, V] of all rows."""
         found = []
-        for span, chunk in zip(batch.spans, step.chunks, strict=True):
-            following = chunk.sequence.prompt[span.start + 1 : span.start + span.num_tokens + 1]
-            rows = logits[span.first : span.first + len(following)].log_softmax(-1)
+        counts = [chunk.num_tokens for chunk in step.chunks]
+        for chunk, rows in zip(step.chunks, logits.split(counts), strict=True):
+            following = chunk.sequence.prompt[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
             targets = torch.tensor(following, dtype=torch.int64, device=logits.device)
-            found.append(rows.gather(-1, targets[:, None])[:, 0].tolist())
+            values = rows[: len(following)].log_softmax(-1).gather(-1, targets[:, None])
+            found.append(values[:, 0].tolist())
         return found
 
     def close(self) -> None:

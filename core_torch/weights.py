@@ -28,8 +28,11 @@ def plan_for(model: Qwen3Next, *, packed: bool = False) -> CheckpointPlan:
         model.config,
         attn_rank=model.attention.rank,
         attn_size=model.attention.size,
+        cp_rank=model.pieces.context.rank,
+        cp_size=model.pieces.context.size,
         moe_rank=model.mlp.rank,
         moe_size=model.mlp.size,
+        ep_size=model.pieces.layout.ep_size,
         packed=packed,
     )
 
@@ -65,13 +68,11 @@ def fill_dummy(model: Qwen3Next, *, seed: int) -> None:
     """Random weights of the real shapes, made on the device, at scales that keep activations and routing alive.
 
     Matrices are N(0, 1 / inputs); gates of Gated DeltaNet start at decays between fast and slow; norms near 1.
-    Replicated parameters must agree between ranks, so every parameter is seeded by its name and split ones only
-    in addition by rank.
+    Ranks that hold the same part of a parameter must agree, so each is seeded by what a checkpoint would fill it with.
     """
-    replicated = plan_for(model).replicated
+    contents = plan_for(model).contents()
     for name, parameter in model.named_parameters():
-        rank = -1 if name in replicated else model.attention.rank
-        digest = hashlib.blake2b(f"{seed}:{rank}:{name}".encode(), digest_size=7).digest()
+        digest = hashlib.blake2b(f"{seed}:{name}:{contents[name]}".encode(), digest_size=7).digest()
         generator = torch.Generator(parameter.device)
         generator.manual_seed(int.from_bytes(digest, "little"))
         if name.endswith("A_log"):

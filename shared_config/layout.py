@@ -203,11 +203,12 @@ class ParallelLayout:
             if amount % size:
                 raise ValueError(f"{key} {amount} is not divisible by the {axis} {size}")
         kv_heads = config.num_key_value_heads
-        if kv_heads % shares and shares % kv_heads:
-            raise ValueError(
-                f"num_key_value_heads {kv_heads} and the {axes} {shares} do not divide "
-                "one another: KV heads are either split evenly or replicated evenly"
-            )
+        for axis, size in (("attention-TP size", self.attn_tp_size), (axes, shares)):
+            if kv_heads % size and size % kv_heads:
+                raise ValueError(
+                    f"num_key_value_heads {kv_heads} and the {axis} {size} do not divide "
+                    "one another: KV heads are either split evenly or replicated evenly"
+                )
 
     def _require_rank(self, rank: int) -> None:
         if not 0 <= rank < self.tp_size:

@@ -18,6 +18,8 @@ from typing import Any
 
 from core_torch.worker import free_port
 
+PRELOADED = ["core_torch.session", "torch._inductor.config"]
+
 
 class RankError(RuntimeError):
     """A rank raised, died or was late."""
@@ -65,7 +67,9 @@ class RankPool:
     """`world_size` ranks over gloo (or NCCL, one GPU each)."""
 
     def __init__(self, world_size: int, backend: str = "gloo") -> None:
-        context = multiprocessing.get_context("spawn")
+        # A forked rank has imported torch already; CUDA does not survive a fork.
+        context = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
+        context.set_forkserver_preload(PRELOADED)
         self.world_size = world_size
         self._pipes: list[Any] = []
         self.processes: list[Any] = []

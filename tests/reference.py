@@ -61,12 +61,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(name: str, *, seed: int = 0) -> Any:
-    """transformers' model of CONFIGS[name] in float32 on CPU, every weight random (its norms are not at zero)."""
+def make_model(name: str, *, seed: int = 0, **changes: Any) -> Any:
+    """transformers' model of CONFIGS[name] with `changes` in float32 on CPU, every weight random (no norm at zero)."""
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     torch.manual_seed(seed)
-    model = Qwen3NextForCausalLM(Qwen3NextConfig(**(BASE | CONFIGS[name]))).eval()
+    model = Qwen3NextForCausalLM(Qwen3NextConfig(**(BASE | CONFIGS[name] | changes))).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from core_torch import LLM, SamplingParams
 from core_torch.models.qwen3_next import Qwen3Next
+from core_torch.pieces import Pieces
 from shared_config import ParallelLayout, Qwen3NextConfig
 from shared_config.checkpoint import CheckpointPlan, check_names, plan_checkpoint, plan_rank, vocab_share
 from shared_config.checkpoint_files import CheckpointFiles
@@ -166,8 +167,10 @@ def test_the_model_at_the_real_size_has_the_planned_parameters(tp: int) -> None:
     config = Qwen3NextConfig.from_hf(REAL)
     for rank in {0, tp - 1}:
         group: Any = SimpleNamespace(rank=rank, size=tp)
+        alone: Any = SimpleNamespace(rank=0, size=1)
+        pieces = Pieces(ParallelLayout(tp), alone, alone, alone, alone, alone)
         with torch.device("meta"):
-            model = Qwen3Next(config, group, group)
+            model = Qwen3Next(config, group, group, pieces)
         plan = plan_checkpoint(config, attn_rank=rank, attn_size=tp)
         assert {name: tuple(p.shape) for name, p in model.named_parameters()} == plan.parameters
 

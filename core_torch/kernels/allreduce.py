@@ -137,12 +137,15 @@ def unfused(
     return add_rmsnorm(summed, residual, weight, eps, weight_bias)
 
 
-def all_reduce(x: Tensor, *, group: ReduceGroup) -> Tensor:
-    """The plain sum over `group`'s ranks, in place in `x` (contiguous); returns `x`. Counted as `plain`."""
+def all_reduce(x: Tensor, *, group: ReduceGroup, owed: bool = False) -> Tensor:
+    """The plain sum over `group`'s ranks, in place in `x` (contiguous); returns `x`.
+
+    Counted as `plain`, or with `owed` as `unfused`: then a norm follows, but cannot take the sum as it is.
+    """
     if not x.is_contiguous():
         raise ValueError(f"x must be contiguous, got shape {tuple(x.shape)} with strides {x.stride()}")
     if group.size > 1 and x.numel() > 0:
-        torch.ops.crossfuse.all_reduce(x, group.handle)
+        torch.ops.crossfuse.all_reduce(x, group.handle, owed)
     return x
 
 
@@ -173,7 +176,9 @@ torch.library.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
-    "crossfuse::all_reduce", "(Tensor(a!) x, int handle) -> ()", tags=torch.Tag.pt2_compliant_tag
+    "crossfuse::all_reduce",
+    "(Tensor(a!) x, int handle, bool owed=False) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 
 
@@ -197,12 +202,12 @@ def _(
 
 
 @torch.library.impl("crossfuse::all_reduce", "CompositeExplicitAutograd")
-def _all_reduce(x: Tensor, handle: int) -> None:
+def _all_reduce(x: Tensor, handle: int, owed: bool = False) -> None:
     group = _group(handle)
     _sum_in_place(x, group)
-    group.counts.add(plain=1)
+    group.counts.add(unfused=int(owed), plain=int(not owed))
 
 
 @torch.library.register_fake("crossfuse::all_reduce")
-def _(x: Tensor, handle: int) -> None:
-    del x, handle
+def _(x: Tensor, handle: int, owed: bool = False) -> None:
+    del x, handle, owed

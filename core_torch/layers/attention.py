@@ -1,6 +1,7 @@
 """Gated full attention: q and an output gate from one projection, normed q and k, partial rotary, GQA.
 
-Shapes: T tokens, D hidden, H local query heads, G local KV heads, d head_dim.
+Shapes: R rows of this rank, T of its pass (see `head_exchange`), D hidden, H local query heads, G local KV heads, d
+head_dim.
 """
 
 from __future__ import annotations
@@ -16,35 +17,36 @@ from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.norm_rope import check_norm_rope, norm_rope
 from core_torch.kernels.paged_decode import check_paged_decode, paged_decode_attention
 from core_torch.kernels.rope import apply_rotary, rotary_cos_sin
+from core_torch.layers.head_exchange import HeadExchange
 from core_torch.layers.linear import Ahead, Linear, RowParallelLinear
 from core_torch.layers.norm import WEIGHT_BIAS, RMSNorm
 from core_torch.partial_sum import PartialSum
+from core_torch.pieces import Peers
 from shared_config.checkpoint import head_share
 from shared_config.model import Qwen3NextConfig
 
 
 class GatedAttention(nn.Module):
-    """x [T, D] -> this rank's part of the attention output [T, D]."""
+    """x [R, D] -> this rank's part of the attention output [R, D]."""
 
-    def __init__(self, config: Qwen3NextConfig, group: ReduceGroup) -> None:
+    def __init__(self, config: Qwen3NextConfig, group: ReduceGroup, context: Peers) -> None:
         super().__init__()
-        self.num_heads = len(
-            head_share(config.num_attention_heads, group.rank, group.size, "num_attention_heads")
-        )
-        self.num_kv_heads = len(
-            head_share(config.num_key_value_heads, group.rank, group.size, "num_key_value_heads")
-        )
+        heads = len(head_share(config.num_attention_heads, group.rank, group.size, "num_attention_heads"))
+        kv_heads = len(head_share(config.num_key_value_heads, group.rank, group.size, "num_key_value_heads"))
         self.head_dim, self.rotary_dim, self.rope_theta = (
             config.head_dim,
             config.rotary_dim,
             config.rope_theta,
         )
-        self.sizes = [self.num_heads * self.head_dim] * 2 + [self.num_kv_heads * self.head_dim] * 2
-        self.in_proj = Linear(config.hidden_size, sum(self.sizes), bias=config.attention_bias)
+        self.exchange = HeadExchange(context, [(heads, self.head_dim)] * 2 + [(kv_heads, self.head_dim)] * 2)
+        self.num_heads, _, self.num_kv_heads, _ = self.exchange.heads
+        self.sizes = self.exchange.sizes
+        columns = 2 * (heads + kv_heads) * self.head_dim
+        self.in_proj = Linear(config.hidden_size, columns, bias=config.attention_bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.out_proj = RowParallelLinear(
-            self.sizes[0], config.hidden_size, group, bias=config.attention_bias
+            heads * self.head_dim, config.hidden_size, group, bias=config.attention_bias
         )
         self.compiled = NOT_ASKED
         self.ahead: Ahead = (self.out_proj,)
@@ -68,9 +70,10 @@ class GatedAttention(nn.Module):
         return dict.fromkeys(answers, self.compiled)
 
     def forward(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> PartialSum:
-        T, projected = x.shape[0], self.in_proj(x)
+        projected = self.exchange.to_heads(self.in_proj(x), batch)
         if batch.is_decode and self.compiled.usable:
-            return self.out_proj(self._decode(projected, batch, cache))
+            return self.out_proj(self.exchange.to_rows(self._decode(projected, batch, cache), batch))
+        T = projected.shape[0]
         q, gate, k, v = projected.split(self.sizes, dim=-1)
         q = self.q_norm(q.reshape(T, self.num_heads, self.head_dim))
         k = self.k_norm(k.reshape(T, self.num_kv_heads, self.head_dim))
@@ -79,7 +82,7 @@ class GatedAttention(nn.Module):
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         write_kv(k, v, cache.k, cache.v, batch.kv_slots)
         out = self._attend(q, batch, cache)
-        return self.out_proj(out.reshape(T, -1) * gate.sigmoid())
+        return self.out_proj(self.exchange.to_rows(out.reshape(T, -1) * gate.sigmoid(), batch))
 
     def _decode(self, projected: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
         q = norm_rope(

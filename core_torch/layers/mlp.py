@@ -1,6 +1,6 @@
 """The feed-forward half of a layer: a dense SwiGLU MLP, or a mixture of experts with a gated shared expert.
 
-Shapes: T tokens, D hidden, I local intermediate, N experts, K experts per token.
+Shapes: T tokens, D hidden, I local intermediate, N local experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from core_torch.kernels import native
 from core_torch.kernels.allreduce import ReduceGroup
 from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.moe import route, routed_experts, swiglu
@@ -41,13 +42,17 @@ class MLP(nn.Module):
 class Experts(nn.Module):
     """The routed experts' weights: gate_up_proj [N, 2I, D], down_proj [N, D, I].
 
-    `with_shared` are the same tensors one expert longer, where the shared one lies behind them (see `SparseMoE`).
+    The group's ranks hold `ep_size` blocks of experts, each split over group.size / ep_size ranks. A rank computes its
+    own experts for all rows; the group's sum has the others'. `with_shared` are the same tensors one expert longer,
+    where the shared one lies behind them (see `SparseMoE`).
     """
 
-    def __init__(self, config: Qwen3NextConfig, group: ReduceGroup) -> None:
+    def __init__(self, config: Qwen3NextConfig, group: ReduceGroup, ep_size: int) -> None:
         super().__init__()
-        N, D = config.num_experts, config.hidden_size
-        local = div_even(config.moe_intermediate_size, group.size, "moe_intermediate_size")
+        N, D = div_even(config.num_experts, ep_size, "num_experts"), config.hidden_size
+        tp_size = div_even(group.size, ep_size, "MoE-TP x EP size")
+        local = div_even(config.moe_intermediate_size, tp_size, "moe_intermediate_size")
+        self.first = None if ep_size == 1 else group.rank // tp_size * N
         self.gate_up_proj = nn.Parameter(torch.empty(N, 2 * local, D), requires_grad=False)
         self.down_proj = nn.Parameter(torch.empty(N, D, local), requires_grad=False)
         self.group = group
@@ -64,7 +69,7 @@ class Experts(nn.Module):
         """With `tiles` (of `route_decode`) in compiled kernels, where expert N is the shared one, if it lies there."""
         own = self.gate_up_proj, self.down_proj
         if tiles is None:
-            part = routed_experts(x, weights, experts, *own)
+            part = routed_experts(x, weights, experts, *own, first=self.first)
         else:
             own = self.with_shared or own
             part = routed_experts_decode(
@@ -81,11 +86,11 @@ class SparseMoE(nn.Module):
     parameters stay what they are by name and shape; they are views.
     """
 
-    def __init__(self, config: Qwen3NextConfig, group: ReduceGroup) -> None:
+    def __init__(self, config: Qwen3NextConfig, group: ReduceGroup, ep_size: int) -> None:
         super().__init__()
         self.top_k, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
         self.gate = Linear(config.hidden_size, config.num_experts)
-        self.experts = Experts(config, group)
+        self.experts = Experts(config, group, ep_size)
         self.shared_expert = MLP(
             config, config.shared_expert_intermediate_size, group, "shared_expert_intermediate_size"
         )
@@ -96,7 +101,8 @@ class SparseMoE(nn.Module):
 
     @property
     def shares_shape(self) -> bool:
-        return self.shared_expert.gate_up_proj.weight.shape == self.experts.gate_up_proj.shape[1:]
+        shape = self.experts.gate_up_proj.shape[1:]
+        return self.experts.first is None and self.shared_expert.gate_up_proj.weight.shape == shape
 
     def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         """Give the parameters that lie behind one another their memory, where the shapes allow it."""
@@ -112,6 +118,11 @@ class SparseMoE(nn.Module):
         )
 
     def choose_kernels(self, options: KernelOptions) -> Answers:
+        if self.experts.first is not None:
+            self.compiled = native.Answer(
+                False, "moe_decode takes all experts, not one block of them (ep_size > 1)"
+            )
+            return {"moe_decode": self.compiled}
         N, D, local = self.experts.down_proj.shape
         more = self.router_weight is not None
         self.compiled = options.ask(

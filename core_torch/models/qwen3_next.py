@@ -1,9 +1,10 @@
 """Qwen3-Next: which layer follows which, and where each owed sum is paid.
 
 The residual stream and the debt travel together: a layer returns the residual and the sum that its MLP still owes;
-the next layer's input norm, or the final norm, pays it. Two reductions a layer, none outside a norm.
+the next layer's input norm, or the final norm, pays it. Two reductions a layer, none outside a norm, unless the MoE
+works on the rows of several attention pieces (`Pieces`): those are gathered, and its sum is paid at once.
 
-Shapes: T tokens, D hidden, V vocabulary, L rows whose logits are wanted.
+Shapes: R rows of this rank, D hidden, V vocabulary, L rows whose logits are wanted.
 """
 
 from __future__ import annotations
@@ -22,20 +23,29 @@ from core_torch.layers.gated_delta_net import GatedDeltaNet
 from core_torch.layers.mlp import MLP, SparseMoE
 from core_torch.layers.norm import RMSNorm
 from core_torch.partial_sum import PartialSum
+from core_torch.pieces import Pieces
 from shared_config.model import Qwen3NextConfig
 
 
 class DecoderLayer(nn.Module):
     """One mixer and one MLP, each after a norm that pays what came before."""
 
-    def __init__(self, config: Qwen3NextConfig, index: int, attention: ReduceGroup, mlp: ReduceGroup) -> None:
+    def __init__(
+        self,
+        config: Qwen3NextConfig,
+        index: int,
+        attention: ReduceGroup,
+        mlp: ReduceGroup,
+        pieces: Pieces,
+    ) -> None:
         super().__init__()
+        self.pieces = pieces
         mixer = GatedAttention if config.layer_types[index] == "full_attention" else GatedDeltaNet
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = mixer(config, attention)
+        self.mixer = mixer(config, attention, pieces.context)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = (
-            SparseMoE(config, mlp)
+            SparseMoE(config, mlp, pieces.layout.ep_size)
             if config.is_moe_layer(index)
             else MLP(config, config.intermediate_size, mlp, "intermediate_size")
         )
@@ -49,17 +59,21 @@ class DecoderLayer(nn.Module):
         else:
             residual, normed = self.input_layernorm.pay(owed, residual)
         residual, normed = self.post_attention_layernorm.pay(self.mixer(normed, batch, cache), residual)
-        return self.mlp(normed), residual
+        owed = self.mlp(self.pieces.gather(normed, batch))
+        return self.pieces.scatter(owed, batch), residual
 
 
 class Qwen3Next(nn.Module):
-    """token ids -> logits, for one rank; `attention` and `mlp` are the groups that owe the layers' sums."""
+    """token ids -> logits, for one rank; `attention` and `mlp` are the groups that owe the layers' sums, `pieces` how
+    rows get from one to the other."""
 
-    def __init__(self, config: Qwen3NextConfig, attention: ReduceGroup, mlp: ReduceGroup) -> None:
+    def __init__(
+        self, config: Qwen3NextConfig, attention: ReduceGroup, mlp: ReduceGroup, pieces: Pieces
+    ) -> None:
         super().__init__()
-        self.config, self.attention, self.mlp = config, attention, mlp
+        self.config, self.attention, self.mlp, self.pieces = config, attention, mlp, pieces
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, attention)
-        layers = [DecoderLayer(config, i, attention, mlp) for i in range(config.num_hidden_layers)]
+        layers = [DecoderLayer(config, i, attention, mlp, pieces) for i in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(layers)
         for layer, following in pairwise(layers):
             if isinstance(layer.mlp, SparseMoE):
@@ -69,7 +83,7 @@ class Qwen3Next(nn.Module):
         self.lm_head = ParallelHead(config.vocab_size, config.hidden_size, attention, tied)
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> torch.Tensor:
-        """Logits [L, V] in float32 of `batch.logit_rows`; the caches are updated in place."""
+        """Logits [L, V] in float32 of `batch.logit_rows`, on every rank; the caches are updated in place."""
         owed: PartialSum | None = None
         residual = self.embed_tokens(batch.token_ids)
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -77,4 +91,4 @@ class Qwen3Next(nn.Module):
         assert owed is not None  # a config has at least one layer
         _, hidden = self.norm.pay(owed, residual)
         PartialSum.check_settled()
-        return self.lm_head(hidden[batch.logit_rows]).float()
+        return self.lm_head(self.pieces.pick(hidden, batch)).float()
