@@ -68,7 +68,7 @@ class RankPool:
 
     def __init__(self, world_size: int, backend: str = "gloo") -> None:
         # A forked rank has imported torch already; CUDA does not survive a fork.
-        context = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
+        context: Any = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
         context.set_forkserver_preload(PRELOADED)
         self.world_size = world_size
         self._pipes: list[Any] = []

@@ -59,8 +59,7 @@ class DecoderLayer(nn.Module):
         else:
             residual, normed = self.input_layernorm.pay(owed, residual)
         residual, normed = self.post_attention_layernorm.pay(self.mixer(normed, batch, cache), residual)
-        owed = self.mlp(self.pieces.gather(normed, batch))
-        return self.pieces.scatter(owed, batch), residual
+        return self.pieces.scatter(self.mlp(self.pieces.gather(normed, batch)), batch), residual
 
 
 class Qwen3Next(nn.Module):
