@@ -187,9 +187,15 @@ def _watched_experts() -> Iterator[list[jax.Array]]:
     seen: list[jax.Array] = []
     original: Callable[..., Any] = Experts.__call__
 
-    def call(self: Experts, x: jax.Array, weights: jax.Array, experts: jax.Array) -> Any:
+    def call(
+        self: Experts,
+        x: jax.Array,
+        weights: jax.Array,
+        experts: jax.Array,
+        tiles: jax.Array | None = None,
+    ) -> Any:
         seen.append(experts)
-        return original(self, x, weights, experts)
+        return original(self, x, weights, experts, tiles)
 
     Experts.__call__ = call
     try:

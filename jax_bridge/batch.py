@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32, Shaped
+from jaxtyping import Array, Bool, Int32, Shaped
 
 from shared_config.scheduler import Step
 
@@ -67,6 +67,13 @@ class Batch:
     @property
     def is_decode(self) -> bool:
         return self.spans is None
+
+    @property
+    def real(self) -> Bool[Array, " T"]:
+        """Which rows are tokens; the others pad."""
+        if self.spans is None:
+            return self.state_slots > 0
+        return jnp.arange(self.token_ids.shape[0], dtype=jnp.int32) < jnp.sum(self.spans.counts)
 
     def next_token(self, token_ids: Int32[Array, " S"], page_size: int) -> Batch:
         """The decode pass after this one, of the tokens that this one chose."""

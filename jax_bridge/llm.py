@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 
 import jax.numpy as jnp
 
+from core_torch.kernels.choice import Answers
 from jax_bridge.parallel import choose_devices
 from jax_bridge.session import Session, SessionSpec, open_session
 from jax_bridge.weights import Weights, dummy_weights, load_checkpoint, take_torch_shards
@@ -28,7 +29,8 @@ class LLM:
     """A loaded model: `core_torch.LLM` in JAX. Use it as a context manager, or call `close`.
 
     model: a Hugging Face checkpoint folder. fusion "auto" | "on" | "off", deterministic, backend, allow_multicast and
-    max_fused_bytes are the fusion request (`shared_config.FusionRequest`); the answer is in `llm.fusion`.
+    max_fused_bytes are the fusion request (`shared_config.FusionRequest`); the answer is in `llm.fusion`. Which kernels
+    of `core_torch.kernels` are compiled, and why others are not, is in `llm.kernels`.
     device: "cuda" | "cpu" | "auto". decode_steps: how many greedy steps one program may run before the host looks
     (the tokens stay the same; a stream comes in bursts of that many). Further keywords are `EngineSettings`'.
 
@@ -82,6 +84,7 @@ class LLM:
         weights = _weights(engine, self.config, torch_ranks)
         self._session: Session | None = self._stack.enter_context(open_session(spec, weights))
         self.fusion: FusionDecision = self._session.decision
+        self.kernels: Answers = self._session.kernels
 
     @classmethod
     def from_torch(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import torch
 
 from jax_bridge.devices import Device
 from jax_bridge.opening import fused_communicator
@@ -34,6 +35,14 @@ class Parallel:
     def platform(self) -> str:
         """ "cpu" or "gpu"."""
         return self.mesh.devices.flat[0].platform
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The first device of this process, as PyTorch knows it; a process has GPUs of one kind."""
+        first = next(d for d in self.mesh.devices.flat if d.process_index == jax.process_index())
+        return (
+            torch.device("cuda", first.local_hardware_id) if self.platform == "gpu" else torch.device("cpu")
+        )
 
 
 def choose_devices(device: str, count: int) -> list[Device]:

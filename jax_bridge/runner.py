@@ -8,6 +8,7 @@ request gets the tokens and the counts that single steps would have given it.
 from __future__ import annotations
 
 import functools
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +17,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from core_torch.kernels.choice import choose_kernels, describe
 from jax_bridge.batch import MIN_PAGES, Batch, build_batch
 from jax_bridge.cache import LayerCache, cache_bytes, cache_specs, make_cache
 from jax_bridge.dispatch import dispatch_lock
+from jax_bridge.kernels.compiled import JaxKernelOptions, open_kernels
 from jax_bridge.models.qwen3_next import Qwen3Next
 from jax_bridge.parallel import COMPILER_OPTIONS, Parallel
 from jax_bridge.programs import logprobs, run_loop, run_pass
@@ -72,6 +76,18 @@ class ModelRunner:
         )
         model = Qwen3Next(config, parallel.attention, parallel.mlp)
         materialize(model, weights(model, parallel, dtype))
+        self.kernels = choose_kernels(
+            [part for layer in model.layers for part in (layer.mixer, layer.mlp)],
+            JaxKernelOptions(
+                getattr(torch, dtype.name),
+                parallel.torch_device,
+                settings.max_num_seqs,
+                compiled=settings.kernels == "auto",
+            ),
+        )
+        open_kernels([name for name, answer in self.kernels.items() if answer.usable], parallel.torch_device)
+        if parallel.platform == "gpu":
+            print(f"crossfuse: kernels {describe(self.kernels)}", file=sys.stderr, flush=True)
         self.graphdef, self.parameters = nnx.split(model)
         self.num_pages = settings.num_pages or self._affordable_pages(dtype)
         self.cache = make_cache(

@@ -46,6 +46,7 @@ class Session:
     def __init__(self, spec: SessionSpec, runner: ModelRunner, tokenizer: Tokenizer | None) -> None:
         self.spec, self.runner, self.tokenizer = spec, runner, tokenizer
         self.decision: FusionDecision = runner.parallel.decision
+        self.kernels = runner.kernels
         self.scheduler = make_scheduler(spec.settings, runner.num_pages)
 
     def generate(self, requests: list[Request]) -> Iterator[list[RequestOutput]]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from core_torch.kernels.choice import describe
 from jax_bridge.batch import Batch
 from jax_bridge.cache import LayerCache
 from jax_bridge.layers.norm import WEIGHT_BIAS
@@ -42,7 +43,11 @@ def make_record(session: Session, job: TraceJob, engine: str = "jax") -> Record:
         dtype=dtype.name,
         fused=decision.enabled,
         why=decision.reason,
-        versions={"jax": jax.__version__, "device": runner.parallel.mesh.devices.flat[0].device_kind},
+        versions={
+            "jax": jax.__version__,
+            "device": runner.parallel.mesh.devices.flat[0].device_kind,
+            "kernels": describe(runner.kernels),
+        },
     )
     for num_tokens in job.op_tokens:
         residual, normed = _run_op(runner, num_tokens, dtype, job.seed)

@@ -64,7 +64,7 @@ def test_rope(rotary_dim: int) -> None:
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (6, 1), (3, 3)])
-def test_paged_attention(heads: tuple[int, int]) -> None:
+def test_paged_attention(heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sequences with pages in any order; what lies past their ends, NaN too, and page 0 do not show."""
     (H, G), d, page_size, lengths = heads, 16, 8, (19, 5)
     tables = np.array([[5, 2, 7, 0], [3, 0, 0, 0]], np.int32)
@@ -89,6 +89,17 @@ def test_paged_attention(heads: tuple[int, int]) -> None:
         lengths=sizes,
         scale=0.25,
     )
+    monkeypatch.setattr(attention, "MAX_SCORES", 1)  # three rows at a time
+    piecewise = attention.prefill_attention(
+        jnp.asarray(q),
+        k_cache,
+        v_cache,
+        jnp.asarray(tables),
+        starts=jnp.asarray(starts),
+        lengths=sizes,
+        scale=0.25,
+    )
+    np.testing.assert_allclose(piecewise, out, rtol=1e-5, atol=1e-6)
     last = np.stack([q[s, counts[s] - 1] for s in range(2)])
     step = attention.decode_attention(
         jnp.asarray(last), k_cache, v_cache, jnp.asarray(tables), sizes, scale=0.25
@@ -156,7 +167,7 @@ def test_inverse_of_unit_triangular(size: int) -> None:
 
 @pytest.mark.parametrize(
     "T", [1, 2, 3, 67]
-)  # two experts of eight each: from T = 5 on every expert is visited
+)  # two experts of eight each: from T = 5 on tokens are grouped by expert
 def test_routed_experts(T: int) -> None:
     D, intermediate, N = 24, 10, 8
     x, logits = randn(T, D), randn(T, N, seed=1)
@@ -170,6 +181,27 @@ def test_routed_experts(T: int) -> None:
         want = torch_moe.routed_experts_reference(x64, weights64, want_experts, gate_up64, down64)
         got = moe.routed_experts(jnp.asarray(x), weights, experts, jnp.asarray(gate_up), jnp.asarray(down))
         assert_close(got, want)
+
+
+@pytest.mark.parametrize("T", [2, 67, 300])
+def test_routed_experts_with_rows_of_none_and_crowded_ones(T: int) -> None:
+    """All rows want expert 3, which takes several rounds; a third of the choices are of no expert."""
+    D, intermediate, N, K = 24, 10, 8, 3
+    x, gate_up, down = randn(T, D), randn(N, 2 * intermediate, D, seed=2), randn(N, D, intermediate, seed=3)
+    rng = np.random.default_rng(T)
+    experts = np.stack(
+        (np.full(T, 3), rng.integers(4, N, T), np.where(np.arange(T) % 3, -1, 0)), axis=1
+    ).astype(np.int32)
+    weights = rng.random((T, K), np.float32)
+    nobody = experts < 0
+    x64, weights64, gate_up64, down64 = on_torch(x, np.where(nobody, 0, weights), gate_up, down)
+    chosen = torch.from_numpy(np.where(nobody, 0, experts))
+    want = torch_moe.routed_experts_reference(x64, weights64, chosen, gate_up64, down64)
+    assert_close(moe.routed_experts(*map(jnp.asarray, (x, weights, experts, gate_up, down))), want)
+
+
+def test_a_round_has_room_for_uneven_routing() -> None:
+    assert [moe.round_rows(T * 10, 512) for T in (8, 512, 1024, 4096, 8192)] == [8, 16, 32, 128, 256]
 
 
 @pytest.fixture

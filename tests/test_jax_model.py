@@ -191,7 +191,7 @@ def test_padding_rows_touch_no_real_state(base: Any) -> None:
     lengths, page_size = (7, 18, 5), llm._session.spec.settings.page_size
     pages = sum(-(-(n + STEPS) // page_size) for n in lengths)
     owned = {
-        KVCache: {0, *list(scheduler._free_pages)[:pages]},
+        KVCache: {0, *list(scheduler._free_pages[0])[:pages]},
         StateCache: {0, *list(scheduler._free_slots)[:3]},
     }
     llm.generate([ref.prompt(length, seed=length) for length in lengths], GREEDY)

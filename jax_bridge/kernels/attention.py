@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+MAX_SCORES = 1 << 28  # float32 scores that prefill holds at a time, 1 GiB
+
 
 def write_kv(
     k: Float[Array, "T G d"],
@@ -41,7 +43,19 @@ def prefill_attention(
 ) -> Float[Array, "S C H d"]:
     """Chunk s is positions starts[s]... of its sequence, whose KV is in the cache up to lengths[s] already."""
     rows = starts[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)
-    return _attend(q, _paged(k_cache, page_tables), _paged(v_cache, page_tables), rows, lengths, scale)
+    keys, values = _paged(k_cache, page_tables), _paged(v_cache, page_tables)
+    S, C, H, d = q.shape
+    step = C
+    while step % 2 == 0 and S * H * step * keys.shape[1] > MAX_SCORES:
+        step //= 2
+    if step == C:
+        return _attend(q, keys, values, rows, lengths, scale)
+
+    def some_rows(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _attend(piece[0], keys, values, piece[1], lengths, scale)
+
+    pieces = q.reshape(S, -1, step, H, d).swapaxes(0, 1), rows.reshape(S, -1, step).swapaxes(0, 1)
+    return jax.lax.map(some_rows, pieces).swapaxes(0, 1).reshape(q.shape)
 
 
 def decode_attention(

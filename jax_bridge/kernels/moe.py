@@ -40,35 +40,55 @@ def routed_experts(
 ) -> Float[Array, "T D"]:
     """sum over a token's experts of weight * down(silu(gate(x)) * up(x)), as this rank's partial sum.
 
-    gate_up has the gate's rows first. XLA has no grouped matrix product that is fast on GPUs (`lax.ragged_dot`
-    becomes a dense product over all groups), so there are two plain forms, chosen by shape: a few tokens fetch
-    their experts' weights, many tokens visit every expert once.
+    gate_up has the gate's rows first; an id below 0 stands for no expert. XLA has no grouped matrix product that is
+    fast on GPUs (`lax.ragged_dot` becomes a dense product over all groups), so there are two plain forms, chosen by
+    shape: a few tokens fetch their experts' weights, many tokens are grouped by expert into one batched product.
     """
-    form = _fetched if experts.size <= gate_up.shape[0] else _visited
-    return form(x, weights.astype(jnp.float32), experts, gate_up, down).astype(x.dtype)
+    weights = jnp.where(experts < 0, jnp.float32(0), weights.astype(jnp.float32))
+    form = _fetched if experts.size <= gate_up.shape[0] else _grouped
+    return form(x, weights, experts, gate_up, down).astype(x.dtype)
 
 
 def _fetched(
     x: jax.Array, weights: jax.Array, experts: jax.Array, gate_up: jax.Array, down: jax.Array
 ) -> jax.Array:
     """In float32. Reads the weights of T * K experts, which may repeat."""
-    hidden = swiglu(jnp.einsum("td,tkid->tki", x, gate_up[experts]))
-    out = jnp.einsum("tki,tkdi->tkd", hidden, down[experts])
+    fetched = jnp.maximum(experts, 0)
+    hidden = swiglu(jnp.einsum("td,tkid->tki", x, gate_up[fetched]))
+    out = jnp.einsum("tki,tkdi->tkd", hidden, down[fetched])
     return jnp.sum(out.astype(jnp.float32) * weights[..., None], axis=1)
 
 
-def _visited(
+def _grouped(
     x: jax.Array, weights: jax.Array, experts: jax.Array, gate_up: jax.Array, down: jax.Array
 ) -> jax.Array:
-    """In float32. Reads each expert's weights once and applies them to all tokens, most with weight 0."""
+    """In float32. In each round every expert takes up to R of its tokens, so a round reads all weights once; R has
+    room for uneven routing, so that mostly one round is enough."""
+    (T, K), N = experts.shape, gate_up.shape[0]
+    R = round_rows(T * K, N)
+    by_expert = jnp.where(experts < 0, jnp.int32(N), experts).reshape(-1)
+    pairs = jnp.argsort(by_expert, stable=True)  # numbers of (token, choice), those of expert 0 first
+    ends = jnp.cumsum(jnp.zeros(N + 1, jnp.int32).at[by_expert].add(1))[:N]
+    starts = jnp.concatenate((jnp.zeros(1, jnp.int32), ends[:-1]))
+    nobody = T * K + jnp.arange(N * R, dtype=jnp.int32).reshape(N, R)  # all different, all outside
 
-    def visit(total: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        n, gate_up, down = expert
-        hidden = swiglu(jnp.einsum("td,id->ti", x, gate_up))
-        out = jnp.einsum("ti,di->td", hidden, down).astype(jnp.float32)
-        weight = jnp.sum(jnp.where(experts == n, weights, jnp.float32(0)), axis=-1)
-        return total + weight[:, None] * out, None
+    def one_round(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        done, out = state
+        place = starts[:, None] + done + jnp.arange(R, dtype=jnp.int32)
+        taken = place < ends[:, None]
+        pair = pairs[jnp.where(taken, place, 0)]
+        hidden = swiglu(jnp.einsum("nrd,nid->nri", x[pair // K], gate_up))
+        part = jnp.einsum("nri,ndi->nrd", hidden, down)
+        return done + R, out.at[jnp.where(taken, pair, nobody)].set(part, mode="drop", unique_indices=True)
 
-    total = vary_over(jnp.zeros(x.shape, jnp.float32), varying_axes(gate_up) | varying_axes(x))
-    numbers = jnp.arange(gate_up.shape[0], dtype=experts.dtype)
-    return jax.lax.scan(visit, total, (numbers, gate_up, down))[0]
+    def goes_on(state: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return state[0] < jnp.max(ends - starts)
+
+    out = vary_over(jnp.zeros((T * K, x.shape[1]), x.dtype), varying_axes(gate_up) | varying_axes(x))
+    _, out = jax.lax.while_loop(goes_on, one_round, (jnp.int32(0), out))
+    return jnp.sum(out.reshape(T, K, -1).astype(jnp.float32) * weights[..., None], axis=1)
+
+
+def round_rows(pairs: int, num_experts: int) -> int:
+    """The power of two that holds an expert's mean number of rows and a quarter more."""
+    return 1 << max(-(-5 * pairs // (4 * num_experts)) - 1, 7).bit_length()

@@ -14,13 +14,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
+from core_torch.kernels.norm_rope import check_norm_rope
+from core_torch.kernels.paged_decode import check_paged_decode
 from jax_bridge.batch import Batch
 from jax_bridge.cache import KVCache
 from jax_bridge.kernels.activation import sigmoid
 from jax_bridge.kernels.attention import decode_attention, prefill_attention, write_kv
+from jax_bridge.kernels.norm_rope import norm_rope
+from jax_bridge.kernels.paged_decode import paged_decode_attention
 from jax_bridge.kernels.rope import apply_rotary, rotary_cos_sin
 from jax_bridge.layers.linear import Linear, RowParallelLinear
-from jax_bridge.layers.norm import RMSNorm
+from jax_bridge.layers.norm import WEIGHT_BIAS, RMSNorm
 from jax_bridge.partial_sum import PartialSum, ReduceAxis
 from shared_config.checkpoint import head_share
 from shared_config.model import Qwen3NextConfig
@@ -42,10 +47,32 @@ class GatedAttention(nnx.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.out_proj = RowParallelLinear(self.sizes[0], config.hidden_size, axis, bias=config.attention_bias)
+        self.compiled = NOT_ASKED
+
+    def choose_kernels(self, options: KernelOptions) -> Answers:
+        """One kernel writes the cache and the other reads it; a decode step runs both or neither."""
+        answers = {
+            "norm_rope": options.ask(
+                "norm_rope", check_norm_rope, head_dim=self.head_dim, rotary_dim=self.rotary_dim
+            ),
+            "paged_decode": options.ask(
+                "paged_decode",
+                check_paged_decode,
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                max_num_seqs=options.max_num_seqs,
+            ),
+        }
+        self.compiled = next((a for a in answers.values() if not a.usable), answers["paged_decode"])
+        return dict.fromkeys(answers, self.compiled)
 
     def __call__(self, x: Float[Array, "T D"], batch: Batch, cache: KVCache) -> tuple[PartialSum, KVCache]:
-        T = x.shape[0]
-        q, gate, k, v = split_sizes(self.in_proj(x), self.sizes)
+        T, projected = x.shape[0], self.in_proj(x)
+        if batch.is_decode and self.compiled.usable:
+            out, cache = self._decode(projected, batch, cache)
+            return self.out_proj(out), cache
+        q, gate, k, v = split_sizes(projected, self.sizes)
         q = self.q_norm(q.reshape(T, self.num_heads, self.head_dim))
         k = self.k_norm(k.reshape(T, self.num_kv_heads, self.head_dim))
         v = v.reshape(T, self.num_kv_heads, self.head_dim)
@@ -54,6 +81,33 @@ class GatedAttention(nnx.Module):
         cache = KVCache(*write_kv(k, v, cache.k, cache.v, batch.kv_slots))
         out = self._attend(q, batch, cache)
         return self.out_proj(out.reshape(T, -1) * sigmoid(gate)), cache
+
+    def _decode(self, projected: jax.Array, batch: Batch, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        q, *written = norm_rope(
+            projected,
+            batch.positions,
+            batch.kv_slots,
+            cache.k,
+            cache.v,
+            q_weight=self.q_norm.weight[...],
+            k_weight=self.k_norm.weight[...],
+            num_heads=self.num_heads,
+            rotary_dim=self.rotary_dim,
+            theta=self.rope_theta,
+            eps=self.q_norm.eps,
+            weight_bias=WEIGHT_BIAS,
+        )
+        cache = KVCache(*written)
+        out = paged_decode_attention(
+            q,
+            cache.k,
+            cache.v,
+            batch.page_tables,
+            batch.lengths,
+            projected,
+            scale=self.head_dim**-0.5,
+        )
+        return out.reshape(projected.shape[0], -1), cache
 
     def _attend(self, q: jax.Array, batch: Batch, cache: KVCache) -> jax.Array:
         scale = self.head_dim**-0.5

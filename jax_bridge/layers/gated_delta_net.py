@@ -14,14 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
+from core_torch.kernels.gdn_decode import check_gdn_decode
 from jax_bridge.batch import Batch, Spans
 from jax_bridge.cache import StateCache
-from jax_bridge.kernels.causal_conv import causal_conv, causal_conv_step
-from jax_bridge.kernels.gated_delta_rule import (
-    chunk_gated_delta_rule,
-    gated_delta_gates,
-    gated_delta_rule_step,
-)
+from jax_bridge.kernels.causal_conv import causal_conv
+from jax_bridge.kernels.gated_delta_rule import chunk_gated_delta_rule, gated_delta_gates
+from jax_bridge.kernels.gdn_decode import gdn_decode, gdn_decode_plain
 from jax_bridge.layers.attention import split_sizes
 from jax_bridge.layers.linear import Linear, RowParallelLinear
 from jax_bridge.layers.norm import GatedRMSNorm
@@ -55,16 +54,30 @@ class GatedDeltaNet(nnx.Module):
         self.dt_bias = parameter(self.num_v_heads, split=0, axis=axis)
         self.norm = GatedRMSNorm(self.v_dim, config.rms_norm_eps)
         self.out_proj = RowParallelLinear(value, config.hidden_size, axis)
+        self.compiled = NOT_ASKED
+
+    def choose_kernels(self, options: KernelOptions) -> Answers:
+        self.compiled = options.ask(
+            "gdn_decode",
+            check_gdn_decode,
+            num_k_heads=self.num_k_heads,
+            num_v_heads=self.num_v_heads,
+            k_dim=self.k_dim,
+            v_dim=self.v_dim,
+            taps=self.conv.weight.shape[1],
+        )
+        return {"gdn_decode": self.compiled}
 
     def __call__(
         self, x: Float[Array, "T D"], batch: Batch, cache: StateCache
     ) -> tuple[PartialSum, StateCache]:
-        qkv, z, b, a = split_sizes(self.in_proj(x), self.sizes)
-        g, beta = gated_delta_gates(a, b, self.A_log[...], self.dt_bias[...])
+        projected = self.in_proj(x)
         if batch.spans is None:
-            out, cache = self._decode(qkv, g, beta, batch, cache)
-        else:
-            out, cache = self._prefill(qkv, g, beta, batch, batch.spans, cache)
+            out, cache = self._decode(projected, batch, cache)
+            return self.out_proj(out), cache
+        qkv, z, b, a = split_sizes(projected, self.sizes)
+        g, beta = gated_delta_gates(a, b, self.A_log[...], self.dt_bias[...])
+        out, cache = self._prefill(qkv, g, beta, batch, batch.spans, cache)
         normed = self.norm(out, z.reshape(out.shape))
         return self.out_proj(normed.reshape(x.shape[0], -1)), cache
 
@@ -77,13 +90,20 @@ class GatedDeltaNet(nnx.Module):
             v.reshape(*lead, self.num_v_heads, self.v_dim),
         )
 
-    def _decode(
-        self, qkv: jax.Array, g: jax.Array, beta: jax.Array, batch: Batch, cache: StateCache
-    ) -> tuple[jax.Array, StateCache]:
-        slots = batch.state_slots
-        qkv, conv = causal_conv_step(qkv, cache.conv[slots], self.conv.weight[...])
-        out, state = gated_delta_rule_step(*self._heads(qkv), g, beta, cache.recurrent[slots])
-        return out, _store(cache, slots, conv, state)
+    def _decode(self, projected: jax.Array, batch: Batch, cache: StateCache) -> tuple[jax.Array, StateCache]:
+        decode = gdn_decode if self.compiled.usable else gdn_decode_plain
+        out, *updated = decode(
+            projected,
+            cache.conv,
+            cache.recurrent,
+            batch.state_slots,
+            conv_weight=self.conv.weight[...],
+            a_log=self.A_log[...],
+            dt_bias=self.dt_bias[...],
+            norm_weight=self.norm.weight[...],
+            eps=self.norm.eps,
+        )
+        return out, StateCache(*updated)
 
     def _prefill(
         self,
@@ -104,10 +124,7 @@ class GatedDeltaNet(nnx.Module):
         g, beta = (jnp.where(spans.real[..., None], spans.split(x), jnp.float32(0)) for x in (g, beta))
         rule = functools.partial(chunk_gated_delta_rule, chunk=min(MAX_CHUNK, spans.rows.shape[1]))
         out, state = jax.vmap(rule)(*self._heads(mixed), g, beta, state)
-        return spans.join(out), _store(cache, slots, conv, state)
-
-
-def _store(cache: StateCache, slots: jax.Array, conv: jax.Array, state: jax.Array) -> StateCache:
-    return StateCache(
-        cache.conv.at[slots].set(conv.astype(cache.conv.dtype)), cache.recurrent.at[slots].set(state)
-    )
+        cache = StateCache(
+            cache.conv.at[slots].set(conv.astype(cache.conv.dtype)), cache.recurrent.at[slots].set(state)
+        )
+        return spans.join(out), cache

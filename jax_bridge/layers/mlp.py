@@ -7,11 +7,16 @@ Shapes: T tokens, D hidden, I local intermediate, N experts, K experts per token
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
+from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
+from core_torch.kernels.moe_decode import MAX_TOKENS, check_moe_decode
 from jax_bridge.kernels.activation import sigmoid
 from jax_bridge.kernels.moe import route, routed_experts, swiglu
+from jax_bridge.kernels.moe_decode import route_decode, routed_experts_decode
 from jax_bridge.layers.linear import Linear, RowParallelLinear
 from jax_bridge.layers.parameter import parameter
 from jax_bridge.partial_sum import PartialSum, ReduceAxis
@@ -46,9 +51,18 @@ class Experts(nnx.Module):
         self.axis = axis
 
     def __call__(
-        self, x: Float[Array, "T D"], weights: Float[Array, "T K"], experts: Int32[Array, "T K"]
+        self,
+        x: Float[Array, "T D"],
+        weights: Float[Array, "T K"],
+        experts: Int32[Array, "T K"],
+        tiles: jax.Array | None = None,
     ) -> PartialSum:
-        part = routed_experts(x, weights, experts, self.gate_up_proj[...], self.down_proj[...])
+        """With `tiles` (of `route_decode`) in compiled kernels. An id below 0 stands for no expert."""
+        own = self.gate_up_proj[...], self.down_proj[...]
+        if tiles is None:
+            part = routed_experts(x, weights, experts, *own)
+        else:
+            part = routed_experts_decode(x, weights, experts, *own, tiles=tiles)
         return PartialSum(part, self.axis)
 
 
@@ -63,8 +77,32 @@ class SparseMoE(nnx.Module):
             config, config.shared_expert_intermediate_size, axis, "shared_expert_intermediate_size"
         )
         self.shared_expert_gate = Linear(config.hidden_size, 1)
+        self.compiled = NOT_ASKED
 
-    def __call__(self, x: Float[Array, "T D"]) -> PartialSum:
+    def choose_kernels(self, options: KernelOptions) -> Answers:
+        N, D, local = self.experts.down_proj.shape
+        self.compiled = options.ask(
+            "moe_decode",
+            check_moe_decode,
+            num_experts=N,
+            top_k=self.top_k,
+            hidden_size=D,
+            intermediate_size=local,
+        )
+        return {"moe_decode": self.compiled}
+
+    def __call__(self, x: Float[Array, "T D"], real: Bool[Array, " T"] | None = None) -> PartialSum:
+        """`real`: which rows are tokens. Those that pad a batch are all alike, and would crowd a few experts."""
+        if self.compiled.usable and x.shape[0] <= MAX_TOKENS:
+            return self._few_tokens(x) + self._shared(x)
         weights, experts = route(self.gate(x), top_k=self.top_k, normalize=self.normalize)
-        routed = self.experts(x, weights, experts)
-        return routed + self.shared_expert(x, scale=sigmoid(self.shared_expert_gate(x)))
+        if real is not None:
+            experts = jnp.where(real[:, None], experts, jnp.int32(-1))
+        return self.experts(x, weights, experts) + self._shared(x)
+
+    def _few_tokens(self, x: jax.Array) -> PartialSum:
+        routing = route_decode(self.gate(x), top_k=self.top_k, normalize=self.normalize)
+        return self.experts(x, routing.weights, routing.experts, routing.tiles)
+
+    def _shared(self, x: jax.Array) -> PartialSum:
+        return self.shared_expert(x, scale=sigmoid(self.shared_expert_gate(x)))

@@ -49,7 +49,8 @@ class DecoderLayer(nnx.Module):
             residual, normed = self.input_layernorm.pay(owed, residual)
         mixed, cache = self.mixer(normed, batch, cache)  # type: ignore[arg-type]  (the config pairs them)
         residual, normed = self.post_attention_layernorm.pay(mixed, residual)
-        return self.mlp(normed), residual, cache
+        owed = self.mlp(normed, batch.real) if isinstance(self.mlp, SparseMoE) else self.mlp(normed)
+        return owed, residual, cache
 
 
 class Qwen3Next(nnx.Module):
