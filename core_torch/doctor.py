@@ -18,7 +18,7 @@ from rich.table import Table
 
 from core_torch.kernels import native
 from core_torch.kernels.choice import Answers
-from core_torch.parallel import open_parallel, rank_device
+from core_torch.parallel import REDUCE_GROUPS, open_parallel, rank_device
 from core_torch.worker import RankFailure, WorkerGroup
 from shared_config import (
     FlashInferInfo,
@@ -33,6 +33,7 @@ from shared_config import (
     probe_hardware,
     resolve_fusion,
 )
+from shared_config.cli import add_layout_options, layout_options
 from shared_config.generation import Request
 from shared_config.results import RequestOutput
 
@@ -54,6 +55,7 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--tp", type=int, default=0, metavar="N", help="ranks of the self-test (default: all GPUs)"
     )
+    add_layout_options(parser)
     parser.set_defaults(run=run_doctor)
 
 
@@ -73,11 +75,12 @@ def run_doctor(args: argparse.Namespace) -> int:
     if args.model is not None:
         config = Qwen3NextConfig.from_hf(args.model)
         model = ModelFacts(config.architecture, config.hidden_size, config.itemsize)
-    ranks = args.tp or max(2, hardware.num_gpus)
-    reports = [_self_test(model, ranks, hardware, flashinfer, FusionRequest())]
+    args.tp = args.tp or max(2, hardware.num_gpus)
+    layout = ParallelLayout(args.tp, **layout_options(args))
+    reports = [_self_test(model, layout, hardware, flashinfer, FusionRequest())]
     if not reports[0].ran:
-        reports.append(_self_test(model, ranks, hardware, flashinfer, FusionRequest(backend="reference")))
-    console.print(_table(f"self-test over {ranks} ranks", [(r.backend, r.text) for r in reports]))
+        reports.append(_self_test(model, layout, hardware, flashinfer, FusionRequest(backend="reference")))
+    console.print(_table(f"self-test over {args.tp} ranks", [(r.backend, r.text) for r in reports]))
     return 0 if all(r.passed for r in reports if r.ran) else 1
 
 
@@ -174,22 +177,29 @@ class _Report:
 
 
 def _self_test(
-    model: ModelFacts, ranks: int, hardware: HardwareInfo, flashinfer: FlashInferInfo, request: FusionRequest
+    model: ModelFacts,
+    layout: ParallelLayout,
+    hardware: HardwareInfo,
+    flashinfer: FlashInferInfo,
+    request: FusionRequest,
 ) -> _Report:
     """Start fusion over real ranks, known-answer test of every group included, and end them again."""
-    decision = resolve_fusion(model, ParallelLayout(tp_size=ranks), hardware, flashinfer, request)
+    decision = resolve_fusion(model, layout, hardware, flashinfer, request)
     if not decision.enabled:
         return _Report(request.backend, False, False, f"did not run: {decision.reason}")
     try:
         workers = WorkerGroup(
-            partial(_open_self_test, decision, flashinfer, hardware.device), ranks, SELF_TEST_TIMEOUT_S
+            partial(_open_self_test, decision, flashinfer, hardware.device),
+            layout.tp_size,
+            SELF_TEST_TIMEOUT_S,
         )
     except (RankFailure, FusionError) as error:
         return _Report(decision.backend, True, False, f"FAILED: {error}")
     final = workers.decision
     workers.close()
-    text = "passed on attention-TP and MoE-TP" if final.enabled else f"FAILED: {final.reason}"
-    return _Report(decision.backend, True, final.enabled, f"{text} (ranks {list(range(ranks))})")
+    groups = sorted({group for name in REDUCE_GROUPS for group in layout.all_groups(name) if len(group) > 1})
+    text = "passed on" if final.enabled else f"FAILED: {final.reason}; ranks"
+    return _Report(decision.backend, True, final.enabled, f"{text} {' '.join(str([*g]) for g in groups)}")
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ class Qwen3Next(nn.Module):
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> torch.Tensor:
         """Logits [L, V] in float32 of `batch.logit_rows`, on every rank; the caches are updated in place."""
+        PartialSum.open_debts = 0  # a pass that failed half-way owes nothing any more
         owed: PartialSum | None = None
         residual = self.embed_tokens(batch.token_ids)
         for layer, cache in zip(self.layers, caches, strict=True):
