@@ -17,7 +17,7 @@ from core_torch.kernels.gdn_decode import gdn_decode_plain
 from core_torch.kernels.moe_decode import Routing
 from core_torch.kernels.native import Answer
 from core_torch.kernels.norm_rope import norm_rope_plain
-from core_torch.layers import attention, gated_delta_net, mlp
+from core_torch.layers import attention, gated_delta_net, linear, mlp
 from tests import reference
 
 TINY = Path(__file__).parent / "data/tiny-qwen3-next"
@@ -50,6 +50,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Every kernel is usable, and counted."""
     calls: dict[str, int] = {}
     functions = {
+        (linear, "few_rows"): torch.nn.functional.linear,
         (gated_delta_net, "gdn_decode"): gdn_decode_plain,
         (attention, "norm_rope"): norm_rope_plain,
         (attention, "paged_decode_attention"): paged,
@@ -94,9 +95,11 @@ def test_decode_runs_in_kernels_and_gives_the_plain_results(
     assert not stand_ins
     assert all(a.reason == "kernels='plain' was asked for" for a in answers.values())
     answers, got = generate(folder, dtype="float32")
-    assert answers == dict.fromkeys(("gdn_decode", "moe_decode", "norm_rope", "paged_decode"), Answer(True))
+    assert answers == dict.fromkeys(
+        ("few_rows", "gdn_decode", "moe_decode", "norm_rope", "paged_decode"), Answer(True)
+    )
     assert set(stand_ins) == {
-        "gdn_decode", "norm_rope", "paged_decode_attention", "route_decode", "routed_experts_decode"
+        "few_rows", "gdn_decode", "norm_rope", "paged_decode_attention", "route_decode", "routed_experts_decode"
     }  # fmt: skip
     for mine, want in zip(got, plain, strict=True):
         assert mine.token_ids == want.token_ids
@@ -127,7 +130,8 @@ def test_the_shared_expert_lies_behind_the_routed_ones(tmp_path: Path) -> None:
 def test_without_a_gpu_the_reason_is_told() -> None:
     with LLM(TINY, 2, max_model_len=64) as llm:  # through the worker's answer
         assert describe(llm.kernels) == (
-            "plain: gdn_decode, moe_decode, norm_rope, paged_decode (compiled kernels need a CUDA GPU, and this is cpu)"
+            "plain: few_rows, gdn_decode, moe_decode, norm_rope, paged_decode "
+            "(compiled kernels need a CUDA GPU, and this is cpu)"
         )
     assert describe({"a": Answer(True), "b": Answer(False, "no")}) == "compiled: a; plain: b (no)"
     with pytest.raises(ValueError, match="kernels must be one of auto, plain"):

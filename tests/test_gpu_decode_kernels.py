@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from core_torch.kernels import attention, causal_conv, gated_delta_rule, moe, norm
+from core_torch.kernels.few_rows import few_rows
 from core_torch.kernels.gdn_decode import check_gdn_decode, gdn_decode, gdn_decode_plain
 from core_torch.kernels.moe_decode import check_moe_decode, route_decode, routed_experts_decode
 from core_torch.kernels.norm_rope import check_norm_rope, norm_rope, norm_rope_plain
@@ -422,6 +424,39 @@ def test_paged_decode_in_a_graph_follows_the_lengths() -> None:
     assert not out[0].any()  # a row without tokens
 
 
+@pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 16, 31, 32])
+@pytest.mark.parametrize(("O", "I"), [(6176, 2048), (520, 2048), (1, 2048), (75, 264), (2048, 5120), (33, 8)])
+def test_few_rows(T: int, O: int, I: int) -> None:  # noqa: E741
+    wide, weight = randn(T, I + 8), randn(O, I)
+    x = wide[:, :I]
+    want = x.double() @ weight.double().T
+    got = few_rows(x, weight)
+    assert_as_close(got, x @ weight.T, want)
+    assert torch.equal(few_rows(x, weight, launch_with_pdl=False), got)
+    assert torch.equal(few_rows(x[T - 1 :], weight), got[T - 1 :])
+
+
+def test_few_rows_in_a_chain_of_graphs() -> None:
+    """Each product starts before the one in front ends, and must still see what that wrote."""
+    weights = [randn(256, 256) / 16 for _ in range(16)]
+    x = randn(8, 256)
+
+    def chain() -> Tensor:
+        y = x
+        for weight in weights:
+            y = few_rows(y, weight)
+        return y
+
+    graph, out = captured(chain)
+    want = x
+    for weight in weights:
+        want = few_rows(want, weight, launch_with_pdl=False)
+        torch.cuda.synchronize()
+    for _ in range(50):
+        graph.replay()
+        assert torch.equal(out, want)
+
+
 REPLAYS = 7
 COPY_BYTES = 1 << 30
 
@@ -447,10 +482,10 @@ def median_us(calls: list[Callable[[], object]]) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second of a device copy, read and written."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").fill_(1)
+    """Bytes per second that a kernel reads and writes; a graph's memcpy node is slower."""
+    source = torch.ones(COPY_BYTES // 4, device="cuda")
     target = torch.empty_like(source)
-    return 2 * COPY_BYTES / (median_us([lambda: target.copy_(source)] * 4) * 1e-6)
+    return 2 * COPY_BYTES / (median_us([lambda: torch.add(source, 1, out=target)] * 4) * 1e-6)
 
 
 Row = tuple[str, int, float, float]  # kernel, batch, microseconds, bytes
@@ -526,6 +561,18 @@ def time_paged(B: int, length: int) -> Iterator[Row]:
         yield name, B, us, float(projected.nbytes)
 
 
+def time_few_rows(T: int) -> Iterator[Row]:
+    for O, name in ((6176, "qkvzba"), (4608, "q, gate, k, v"), (2048, "out"), (520, "router")):  # noqa: E741
+        weights = [randn(O, 2048) for _ in range(-(-(400 << 20) // (O * 4096)))]
+        x, moved = randn(T, 2048), O * 4096.0
+        yield f"few_rows, {name}", T, median_us([partial(few_rows, x, w) for w in weights]), moved
+        yield f"cuBLAS, {name}", T, median_us([partial(F.linear, x, w) for w in weights]), moved
+
+
+def all_few_rows() -> Iterator[Row]:
+    return itertools.chain.from_iterable(time_few_rows(T) for T in (1, 8, 16, 32))
+
+
 def all_gdn() -> Iterator[Row]:
     return itertools.chain.from_iterable(time_gdn(B) for B in (1, 8, 32, 64, 128))
 
@@ -542,7 +589,9 @@ def all_paged() -> Iterator[Row]:
 
 
 @pytest.mark.parametrize(
-    "rows", [all_gdn, all_moe, all_paged], ids=["gdn_decode", "moe_decode", "paged_decode"]
+    "rows",
+    [all_few_rows, all_gdn, all_moe, all_paged],
+    ids=["few_rows", "gdn_decode", "moe_decode", "paged_decode"],
 )
 def test_time(rows: Callable[[], Iterator[Row]], capsys: pytest.CaptureFixture[str]) -> None:
     """Prints a table. Another program on the GPU may spoil any time, so only impossible ones fail."""

@@ -14,6 +14,7 @@ import torch
 from core_torch.__main__ import main
 from core_torch.kernels import (
     causal_conv,
+    few_rows,
     flashinfer_modules,
     gated_delta_rule,
     gdn_decode,
@@ -157,6 +158,7 @@ needs_nvcc = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("name", "functions"),
     [
+        ("few_rows", ["few_rows"]),
         ("gdn_decode", ["gdn_decode", "gdn_decode_ahead"]),
         ("moe_decode", ["moe_route", "moe_group", "moe_decode", "moe_decode_ahead"]),
         ("norm_rope", ["norm_rope"]),
@@ -269,6 +271,7 @@ def test_other_shapes_are_refused_with_the_number(
 @pytest.mark.parametrize(
     ("source", "constant", "value"),
     [
+        ("few_rows", "kMaxRows", few_rows.MAX_ROWS),
         ("gdn_decode", "kMaxKeyDim", gdn_decode.MAX_K_DIM),
         ("gdn_decode", "kMaxValueDim", gdn_decode.MAX_V_DIM),
         ("gdn_decode", "kTaps", gdn_decode.TAPS),

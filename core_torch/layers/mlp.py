@@ -6,7 +6,6 @@ Shapes: T tokens, D hidden, I local intermediate, N local experts, K experts per
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from core_torch.kernels import native
@@ -14,7 +13,7 @@ from core_torch.kernels.allreduce import ReduceGroup
 from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.moe import route, routed_experts, swiglu
 from core_torch.kernels.moe_decode import MAX_TOKENS, check_moe_decode, route_decode, routed_experts_decode
-from core_torch.layers.linear import Ahead, Linear, RowParallelLinear
+from core_torch.layers.linear import Ahead, Linear, Product, RowParallelLinear
 from core_torch.partial_sum import PartialSum
 from shared_config.checkpoint import div_even
 from shared_config.model import Qwen3NextConfig
@@ -143,7 +142,8 @@ class SparseMoE(nn.Module):
 
     def _few_tokens(self, x: torch.Tensor) -> PartialSum:
         N = len(self.gate.weight)
-        logits = self.gate(x) if self.router_weight is None else F.linear(x, self.router_weight)[:, : N + 1]
+        weight = self.gate.weight if self.router_weight is None else self.router_weight
+        logits = self.gate.multiply(x, weight, None)[:, : N + (self.router_weight is not None)]
         routing = route_decode(logits, num_experts=N, top_k=self.top_k, normalize=self.normalize)
         part = self.experts(x, routing.weights, routing.experts, routing.tiles, self.ahead)
         return part if self.router_weight is not None else part + self._shared(x)
@@ -155,7 +155,7 @@ class SparseMoE(nn.Module):
 def one_behind_the_other(
     module: nn.Module,
     name: str,
-    other: Linear | RowParallelLinear,
+    other: Product,
     dtype: torch.dtype,
     device: torch.device,
     multiple: int = 1,

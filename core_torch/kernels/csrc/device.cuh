@@ -77,8 +77,9 @@ __device__ __forceinline__ void multiply_add(float (&sum)[4], uint32_t a0, uint3
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Programmatic dependent launch. Every thread of every kernel here waits before its first access to memory,
-// so that a kernel's end implies the end of all before it; no effect when the launch did not ask for overlap.
+// Programmatic dependent launch; no effect when the launch did not ask for overlap. A kernel here lets the next
+// one start after it has waited itself, so when a kernel starts, all but the one right before it have ended:
+// until it waits it may read constants, and what was written before that one.
 __device__ __forceinline__ void wait_for_previous_grid() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }

@@ -11,6 +11,12 @@ namespace crossfuse::gdn {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+template <int kUnits>
+void start(const Launch& how, const Params& params) {
+  auto kernel = params.dk <= 32 ? decode<2, kUnits> : params.dk <= 64 ? decode<4, kUnits> : decode<8, kUnits>;
+  launch(how, kernel, params);
+}
+
 using Some = tvm::ffi::Optional<TensorView>;
 
 void run_ahead(TensorView projected, TensorView conv, TensorView state, TensorView slots,
@@ -73,8 +79,8 @@ void run_ahead(TensorView projected, TensorView conv, TensorView state, TensorVi
   const Launch how{dim3(cluster * static_cast<unsigned>(H), static_cast<unsigned>(B)),
                    dim3(static_cast<unsigned>(per_block) * kUnitThreads), current_stream(projected),
                    launch_with_pdl, cluster};
-  auto kernel = dk <= 32 ? decode<2> : dk <= 64 ? decode<4> : decode<8>;
-  launch(how, kernel, params);
+  auto begin = per_block == 1 ? start<1> : per_block == 2 ? start<2> : start<4>;
+  begin(how, params);
 }
 
 void run(TensorView projected, TensorView conv, TensorView state, TensorView slots, TensorView conv_weight,

@@ -22,6 +22,7 @@ namespace crossfuse::gdn {
 
 constexpr int kUnitThreads = 128, kUnitColumns = 32, kRowLanes = 16;
 constexpr int kMaxUnits = 4;          // of a block
+constexpr int kUnitsResident = 6;     // on a multiprocessor at once: their states' loads hide one another's waits
 constexpr int kMaxClusterUnits = 32;  // of a cluster of 8 blocks
 constexpr int kMaxKeyDim = 128, kMaxValueDim = 256, kTaps = 4;
 constexpr float kL2Eps = 1e-6f;
@@ -115,14 +116,15 @@ __device__ __forceinline__ void prepare_key(const Params& p, int64_t row, int64_
   }
 }
 
-template <int kRows>  // of the state, in one thread: dk <= 16 kRows
-__global__ void __launch_bounds__(kMaxUnits* kUnitThreads) decode(const __grid_constant__ Params p) {
+// kRows of the state in one thread, dk <= 16 kRows; kUnits in a block.
+template <int kRows, int kUnits>
+__global__ void __launch_bounds__(kUnits* kUnitThreads, kUnitsResident / kUnits)
+    decode(const __grid_constant__ Params p) {
   __shared__ __align__(16) Shared shared;
   const int group = p.HV / p.H, blocks = (p.dv + kUnitColumns - 1) / kUnitColumns;
   if (threadIdx.x == 0) make_mailbox(&shared.mailbox, group * blocks * sizeof(float));
   __syncwarp();
   cluster_arrive();
-  wait_for_previous_grid();
 
   const int lane = threadIdx.x % kWarp, part = threadIdx.x / kWarp % 4, unit = threadIdx.x / kUnitThreads;
   const int rank = cluster_rank();
@@ -139,7 +141,8 @@ __global__ void __launch_bounds__(kMaxUnits* kUnitThreads) decode(const __grid_c
                                     : static_cast<const int32_t*>(p.slots)[row * p.slots_stride];
   const bool live = slot > 0;
 
-  // The state is on its way while the convolution is computed.
+  // The state is on its way while the previous kernel ends and the convolution is computed. It was written a
+  // step ago, and the kernel before this one started after all that went before it.
   float* state = p.state + ((live ? slot : 0) * p.HV + head) * p.dk * p.dv + column;
   float4 s[kRows];
 #pragma unroll
@@ -149,6 +152,7 @@ __global__ void __launch_bounds__(kMaxUnits* kUnitThreads) decode(const __grid_c
   }
 
   fetch_all_ahead(p.ahead, blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y);
+  wait_for_previous_grid();
 
   const bf16* projected = p.projected + row * p.projected_stride;
   if (unit == 0 && part < 2) {

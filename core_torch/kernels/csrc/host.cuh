@@ -118,6 +118,7 @@ struct Launch {
   cudaStream_t stream;
   bool overlap;  // may start while the previous kernel on the stream ends (programmatic dependent launch)
   unsigned cluster = 0;  // blocks of a cluster; 0: the kernel uses none
+  size_t shared_bytes = 0;  // dynamic
 };
 
 template <typename... Params, typename... Args>
@@ -132,6 +133,7 @@ void launch(const Launch& how, void (*kernel)(Params...), Args... args) {
   config.gridDim = how.grid;
   config.blockDim = how.block;
   config.stream = how.stream;
+  config.dynamicSmemBytes = how.shared_bytes;
   config.attrs = attributes;
   config.numAttrs = how.cluster > 0 ? 2 : 1;
   TVM_FFI_CHECK_CUDA_ERROR(cudaLaunchKernelEx(&config, kernel, Params(args)...));

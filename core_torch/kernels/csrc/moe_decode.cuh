@@ -26,7 +26,7 @@ constexpr int kChunk = 32;  // columns that a warp loads with one instruction a 
 constexpr int kStep = 2;    // chunks between two waits
 constexpr int kStages = 3;  // steps under way: 20 warps * 2 steps * 2 KiB of weights at least
 constexpr int kLine = 64;   // columns in a line of the L2 cache
-constexpr int kFewTokens = 8, kFewChoices = 16, kFewChunks = 4;  // of down_few: chunks a lane has under way
+constexpr int kFewTokens = 4, kFewChoices = 16, kFewChunks = 4;  // of down_few: chunks a lane has under way
 
 // A tile's record lies in a warp, a word a lane. Lane l has the weight rows l / 4 and l / 4 + 8, the token
 // column l / 4, and in results the token columns 2 (l % 4) and 2 (l % 4) + 1.
