@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -58,9 +59,9 @@ def choose_kernels(layers: Iterable[object], options: KernelOptions) -> Answers:
 
 def describe(answers: Answers) -> str:
     """One line: what is compiled, and why the rest is not."""
-    compiled = [name for name, answer in answers.items() if answer.usable]
+    compiled = [name for name, answer in sorted(answers.items(), key=itemgetter(0)) if answer.usable]
     reasons: dict[str, list[str]] = {}
-    for name, answer in answers.items():
+    for name, answer in sorted(answers.items(), key=itemgetter(0)):
         if not answer.usable:
             reasons.setdefault(answer.reason, []).append(name)
     parts = [f"compiled: {', '.join(compiled)}"] if compiled else []
