@@ -5,6 +5,7 @@ The engine's own runner is driven, step by step, as its scheduler would; nothing
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from core_torch.layers.mlp import Experts
 from core_torch.runner import ModelRunner
 from core_torch.session import SessionSpec, open_session
 from shared_config import ParallelLayout
+from shared_config.generation import Launched
 from shared_config.results import Reductions
 from shared_config.scheduler import Sequence, Step
 
@@ -101,12 +103,20 @@ class TorchEngine:
     def decode(
         self, mode: str, sequences: list[Sequence], tokens: SequenceOf[SequenceOf[int]]
     ) -> tuple[list[float], Reductions]:
+        """A sample is the time from one step's tokens to the next one's; as when it generates, the engine queues a step
+        while another runs."""
         samples, ran = [], Reductions()
         self._use(mode)
-        for step in decode_steps(sequences, tokens):
-            start = time.perf_counter()
-            ran += self._runner.run(step).reductions  # it waits for the step's tokens
-            samples.append((time.perf_counter() - start) * 1e6)
+        running: Launched | None = None
+        start = time.perf_counter()
+        for step in itertools.chain(decode_steps(sequences, tokens), (None,)):
+            launched = None if step is None else self._runner.launch(step)
+            if running is not None:
+                ran += running.wait().reductions
+                now = time.perf_counter()
+                samples.append((now - start) * 1e6)
+                start = now
+            running = launched
         return samples, ran
 
     def touched_experts(self, steps: Iterable[Step]) -> list[list[set[int]]]:

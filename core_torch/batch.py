@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from core_torch.decode_rows import TABLE, DecodeRows
 from shared_config.layout import RankPlace
 from shared_config.placement import ELSEWHERE, Placement
 from shared_config.scheduler import Chunk, Step
@@ -36,7 +37,8 @@ class Batch:
     page_tables: torch.Tensor  # [S, P] int64
     lengths: torch.Tensor  # [S] int64, this pass's tokens counted
     state_slots: torch.Tensor  # [S] int64
-    logit_rows: torch.Tensor  # [L] int64, of this rank's rows; ELSEWHERE for a row that another rank holds
+    # [L] int64, of this rank's rows; ELSEWHERE for a row that another rank holds; None: all of this rank's, in order
+    logit_rows: torch.Tensor | None
     spans: tuple[Span, ...]  # prefill chunks; empty for decode
 
     @property
@@ -90,18 +92,10 @@ def build_prefill(
 
 
 def pack_decode(step: Step, *, page_size: int, rows: int, pages: int) -> torch.Tensor:
-    """A decode step padded to `rows` rows, as one [5 + pages, rows] int64 CPU tensor: a single copy to the device.
-
-    Padding rows are token 0 at position 0 of page 0 and slot 0.
-    """
-    columns = []
-    for chunk in step.chunks:
-        s, position = chunk.sequence, chunk.start
-        last = s.output[-1] if s.output else s.prompt[-1]
-        table = s.pages[:pages] + [0] * (pages - len(s.pages))
-        columns.append([last, position, _kv_slot(chunk, position, page_size), position + 1, s.slot, *table])
-    columns += [[0, 0, 0, 1, 0] + [0] * pages] * (rows - len(columns))
-    return torch.tensor(columns, dtype=torch.int64).T.contiguous()
+    """A decode step padded to `rows` rows: `DecodeRows.packed` [5 + pages, rows] as one CPU tensor."""
+    packed = DecodeRows(page_size=page_size, rows=rows, pages=pages)
+    packed.fill(step)
+    return torch.from_numpy(packed.packed)
 
 
 def unpack_decode(packed: torch.Tensor, place: RankPlace, attn_dp_size: int) -> Batch:
@@ -109,18 +103,17 @@ def unpack_decode(packed: torch.Tensor, place: RankPlace, attn_dp_size: int) -> 
 
     Logits are wanted of all rows of all attention-DP ranks, one rank's after another's.
     """
-    rows = packed.shape[1]
-    logit_rows = torch.arange(rows, device=packed.device)
+    rows, logit_rows = packed.shape[1], None
     if attn_dp_size > 1:
-        mine, logit_rows = logit_rows, logit_rows.new_full((attn_dp_size * rows,), ELSEWHERE)
+        logit_rows = packed.new_full((attn_dp_size * rows,), ELSEWHERE)
         if place.cp == 0:
-            logit_rows[place.dp * rows : (place.dp + 1) * rows] = mine
-    token_ids, positions, kv_slots, lengths, state_slots = packed[:5]
+            logit_rows[place.dp * rows : (place.dp + 1) * rows] = torch.arange(rows, device=packed.device)
+    token_ids, positions, kv_slots, lengths, state_slots = packed[:TABLE]
     return Batch(
         token_ids=token_ids,
         positions=positions,
         kv_slots=kv_slots,
-        page_tables=packed[5:].T,
+        page_tables=packed[TABLE:].T,
         lengths=lengths,
         state_slots=state_slots,
         logit_rows=logit_rows,

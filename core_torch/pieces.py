@@ -81,7 +81,9 @@ class Pieces:
 
     def pick(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The rows [L, D] whose logits are wanted, on every rank, whichever holds them."""
-        if self.everyone.size == 1 or (batch.is_decode and self.layout.attn_dp_size == 1):
+        if batch.logit_rows is None:
+            return hidden
+        if self.everyone.size == 1:
             return hidden[batch.logit_rows]
         mine = batch.logit_rows >= 0
         rows = hidden[batch.logit_rows.clamp(min=0)].masked_fill(~mine[:, None], 0)

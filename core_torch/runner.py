@@ -17,8 +17,8 @@ from core_torch.parallel import Parallel
 from core_torch.sampler import sample_sequences
 from core_torch.weights import fill_dummy, load_checkpoint, materialize
 from shared_config import Qwen3NextConfig
-from shared_config.generation import StepResult
-from shared_config.placement import place_step
+from shared_config.generation import Launched, StepResult, is_greedy
+from shared_config.placement import Placement, place_step
 from shared_config.results import Reductions
 from shared_config.scheduler import Step
 from shared_config.settings import EngineSettings
@@ -81,9 +81,27 @@ class ModelRunner:
             )
         return min(wanted, fits)
 
-    @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
         """Run the model over `step`'s tokens and sample where a chunk ends its prompt or decodes."""
+        return self.launch(step).wait()
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> Launched:
+        """Start `step`; it may still run when this returns, if `queues(step)`."""
+        if not self.queues(step):
+            return Launched.ended(self._run(step))
+        assert self.graphs is not None
+        before = self._reductions()
+        tokens = self.graphs.launch(self._placed(step))
+        after = self._reductions()
+        ran = Reductions(after.fused - before.fused, after.unfused - before.unfused)
+        return Launched(lambda: StepResult(tokens.wait(), ran))
+
+    def queues(self, step: Step) -> bool:
+        """Whether the step leaves its tokens on the device, so that the next step need not wait for them."""
+        return self.graphs is not None and not step.prefill and is_greedy(step)
+
+    def _run(self, step: Step) -> StepResult:
         before = self._reductions()
         prompt_logprobs: list[list[float]] = []
         if step.prefill:
@@ -100,7 +118,8 @@ class ModelRunner:
         return StepResult(
             tokens=tokens,
             reductions=Reductions(after.fused - before.fused, after.unfused - before.unfused),
-            logits=list(logits.cpu().numpy()) if wants_logits else None,
+            # A copy: the next step writes where a graph's logits are.
+            logits=list(logits.cpu().numpy().copy()) if wants_logits else None,
             prompt_logprobs=prompt_logprobs,
         )
 
@@ -129,13 +148,10 @@ class ModelRunner:
 
     def _decode(self, step: Step) -> torch.Tensor:
         """Logits, one row for each sequence. `deterministic` pins every shape: always all rows, all pages."""
-        s, layout = self.settings, self.parallel.layout
+        s, layout, placement = self.settings, self.parallel.layout, self._placed(step)
         if self.graphs is not None:
-            placement = place_step(step, layout, round_up=self.graphs.bucket)
-            logits = self.graphs.run(placement)
+            logits = self.graphs.logits(placement)
         else:
-            pinned = s.max_num_seqs if s.deterministic else 0
-            placement = place_step(step, layout, round_up=lambda rows: max(rows, pinned))
             width = max(len(chunk.sequence.pages) for chunk in step.chunks)
             packed = pack_decode(
                 placement.part(self.parallel.place.dp),
@@ -148,6 +164,15 @@ class ModelRunner:
         if layout.attn_dp_size == 1:
             return logits[: len(step.chunks)]
         return logits[placement.decode_rows()]
+
+    def _placed(self, step: Step) -> Placement:
+        """A decode step's rows, in a shape that was captured."""
+        pinned = self.settings.max_num_seqs if self.settings.deterministic else 0
+
+        def round_up(rows: int) -> int:
+            return max(rows, pinned) if self.graphs is None else self.graphs.bucket(rows)
+
+        return place_step(step, self.parallel.layout, round_up=round_up)
 
     @staticmethod
     def _prompt_logprobs(step: Step, logits: torch.Tensor) -> list[list[float]]:

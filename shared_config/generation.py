@@ -6,9 +6,9 @@ without talking about it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from shared_config.results import Reductions, RequestOutput
 from shared_config.sampling import SamplingParams
@@ -38,10 +38,41 @@ class StepResult:
     prompt_logprobs: list[list[float]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A step that may still be running; `wait` gives its result."""
+
+    wait: Callable[[], StepResult]
+
+    @classmethod
+    def ended(cls, result: StepResult) -> Launched:
+        return cls(lambda: result)
+
+
 class Runner(Protocol):
     """One rank's model."""
 
     def run(self, step: Step) -> StepResult: ...
+
+
+@runtime_checkable
+class QueueingRunner(Protocol):
+    """A model that can start a step before the tokens of the step before it are known."""
+
+    def launch(self, step: Step) -> Launched: ...
+
+    def queues(self, step: Step) -> bool:
+        """Whether the step after `step` may be launched while `step` runs, if it is of the same sequences."""
+        ...
+
+
+def is_greedy(step: Step) -> bool:
+    """Whether every sequence that samples takes its best token, and none wants its logits."""
+    return all(
+        chunk.sequence.params.temperature == 0 and not chunk.sequence.params.return_logits
+        for chunk in step.chunks
+        if chunk.samples
+    )
 
 
 class Tokenizer(Protocol):
@@ -78,12 +109,33 @@ class Generation:
         if self._refused:
             yield self._refused
         try:
-            while (step := self.scheduler.next_step()) is not None:
-                result = runner.run(step)
-                self.scheduler.advance(step)
-                yield self._hand_out(step, result)
+            queueing = isinstance(runner, QueueingRunner)
+            yield from self._queued(runner) if queueing else self._one_by_one(runner)
         finally:
             self.scheduler.reset()
+
+    def _one_by_one(self, runner: Runner) -> Iterator[list[RequestOutput]]:
+        while (step := self.scheduler.next_step()) is not None:
+            result = runner.run(step)
+            self.scheduler.advance(step)
+            yield self._hand_out(step, result)
+
+    def _queued(self, runner: QueueingRunner) -> Iterator[list[RequestOutput]]:
+        """The same outputs; where the next step's sequences are known it is launched while this one runs.
+
+        A sequence that ends by what it says is found out one step late: what it says in that step is nobody's.
+        """
+        step = self.scheduler.next_step()
+        launched = None if step is None else runner.launch(step)
+        while step is not None and launched is not None:
+            self.scheduler.advance(step)
+            following = self.scheduler.following(step) if runner.queues(step) else None
+            ahead = None if following is None else runner.launch(following)
+            yield self._hand_out(step, launched.wait())
+            if following is None:
+                following = self.scheduler.next_step()
+                ahead = None if following is None else runner.launch(following)
+            step, launched = following, ahead
 
     def _hand_out(self, step: Step, result: StepResult) -> list[RequestOutput]:
         tokens = iter(result.tokens)
@@ -92,6 +144,9 @@ class Generation:
         for i, chunk in enumerate(step.chunks):
             sequence = chunk.sequence
             output = self.outputs[sequence.index]
+            if output.finished:  # by the step before, which was not known when this one was launched
+                next(tokens)
+                continue
             output.reductions += result.reductions
             if sequence.params.prompt_logprobs and step.prefill:
                 output.prompt_logprobs = (output.prompt_logprobs or []) + result.prompt_logprobs[i]

@@ -157,6 +157,15 @@ class Scheduler:
             budget -= count
         return chunks
 
+    def following(self, step: Step) -> Step | None:
+        """The decode step after `step`, which has been advanced over and may still run, whatever its tokens are
+        (should one end its sequence: with that sequence once more). None where that is not known yet."""
+        sequences = [chunk.sequence for chunk in step.chunks]
+        ends = any(s.slot == 0 or len(s.output) + 1 >= s.params.max_tokens for s in sequences)
+        if step.prefill or ends or any(s.prefilling for s in self.running):
+            return None
+        return Step(False, tuple(Chunk(s, s.computed, 1, True) for s in sequences))
+
     def advance(self, step: Step) -> None:
         """Record that `step`'s tokens are in the cache."""
         for chunk in step.chunks:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core_torch.sampler import sample
-from shared_config.generation import Generation, Request, StepResult
+from shared_config.generation import Generation, Launched, Request, StepResult, is_greedy
 from shared_config.results import Reductions
 from shared_config.sampling import SamplingParams, uniform
 from shared_config.scheduler import Scheduler, Sequence, Step
@@ -136,6 +136,94 @@ def test_how_a_request_ends(params: SamplingParams, text: str, reason: str, coun
     assert (output.text, output.finish_reason, len(output.token_ids)) == (text, reason, count)
     assert len(updates) == count
     assert output.reductions == Reductions(fused=2 * count)
+
+
+class Device:
+    """Runs a step at a time; a token depends on its sequence and place, and 0 (the end) comes up now and then."""
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self.last: dict[int, tuple[int, int]] = {}  # by sequence: the next position, and its token
+
+    def start(self, step: Step) -> list[int]:
+        tokens = []
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            assert len(sequence.pages) * 4 >= chunk.start + chunk.num_tokens
+            at = chunk.start - len(sequence.prompt)
+            if 0 <= at < len(sequence.output):
+                self.last[sequence.index] = (chunk.start, sequence.output[at])
+            elif not step.prefill:
+                assert self.last[sequence.index][0] == chunk.start
+            if chunk.samples:
+                end = chunk.start + chunk.num_tokens
+                token = (sequence.index * 7919 + end * 104729) % 11 % 9
+                self.last[sequence.index] = (end, token)
+                tokens.append(token)
+        return tokens
+
+
+class OneByOne(Device):
+    def run(self, step: Step) -> StepResult:
+        return StepResult(self.start(step), Reductions(unfused=1), prompt_logprobs=[[] for _ in step.chunks])
+
+
+class Queueing(OneByOne):
+    def launch(self, step: Step) -> Launched:
+        self.in_flight += 1
+        assert self.in_flight <= 2
+        result = self.run(step)
+
+        def wait() -> StepResult:
+            self.in_flight -= 1
+            return result
+
+        return Launched(wait)
+
+    def queues(self, step: Step) -> bool:
+        return not step.prefill and is_greedy(step)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 14)), min_size=1, max_size=6),
+    slots=st.integers(1, 4),
+    stop=st.sampled_from([(), ("gg",), ("b", "ca")]),
+    temperature=st.sampled_from([0.0, 1.0]),
+)
+def test_steps_queued_ahead_change_no_output(
+    sizes: list[tuple[int, int]], slots: int, stop: tuple[str, ...], temperature: float
+) -> None:
+    """Ends by token, text and length, and requests that wait for pages: the same tokens and texts. (A request that
+    waited for a place may share its prefill's steps with others.)"""
+    found = []
+    for runner in (OneByOne(), Queueing()):
+        s = Scheduler(num_pages=14, page_size=4, num_slots=slots, max_step_tokens=9, max_model_len=40)
+        requests = [
+            Request(i, "", [1] * n, SamplingParams(max_tokens=m, stop=stop, temperature=temperature), 0)
+            for i, (n, m) in enumerate(sizes)
+        ]
+        generation = Generation(requests, s, Letters(), (0,))
+        for _ in generation.run(runner):
+            pass
+        assert (s.free_pages, s.running, runner.in_flight) == (14, [], 0)
+        found.append([(o.token_ids, o.text, o.finish_reason) for o in generation.outputs.values()])
+    assert found[0] == found[1]
+
+
+def test_a_greedy_run_is_queued_ahead() -> None:
+    class Watched(Queueing):
+        most = 0
+
+        def launch(self, step: Step) -> Launched:
+            launched = super().launch(step)
+            self.most = max(self.most, self.in_flight)
+            return launched
+
+    for temperature, most in ((0.0, 2), (1.0, 1)):
+        runner, params = Watched(), SamplingParams(max_tokens=8, temperature=temperature, ignore_eos=True)
+        list(Generation([Request(0, None, [1], params, 0)], scheduler(), None, ()).run(runner))
+        assert runner.most == most
 
 
 def test_a_failing_step_leaves_the_scheduler_clean() -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core_torch.kernels.allreduce import ReduceGroup, all_reduce
+from core_torch.kernels.argmax import entries, largest_keys
 from shared_config.checkpoint import vocab_share
 
 
@@ -33,14 +34,17 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ParallelHead(nn.Module):
-    """hidden [T, D] -> logits [T, V], gathered from the group; every rank has them all."""
+    """hidden [T, D] -> logits [T, V], gathered from the group; every rank has them all.
+
+    `local`, this rank's logits [T, W], is enough for `argmax`, which gathers one number a row and rank.
+    """
 
     def __init__(
         self, vocab_size: int, hidden_size: int, group: ReduceGroup, tied: VocabParallelEmbedding | None
     ) -> None:
         super().__init__()
-        _, padded = vocab_share(vocab_size, group.rank, group.size)
-        self.vocab_size, self.group = vocab_size, group
+        rows, padded = vocab_share(vocab_size, group.rank, group.size)
+        self.vocab_size, self.first, self.count, self.group = vocab_size, rows.start, len(rows), group
         self.weight = (
             nn.Parameter(torch.empty(padded, hidden_size), requires_grad=False)
             if tied is None
@@ -48,9 +52,26 @@ class ParallelHead(nn.Module):
         )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        local = F.linear(hidden, self.weight)
+        return self.gather(self.local(hidden))
+
+    def local(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, self.weight)
+
+    def gather(self, local: torch.Tensor) -> torch.Tensor:
+        """local [T, W] of every rank -> [T, V]."""
         if self.group.size == 1:
             return local[:, : self.vocab_size]
         parts = [torch.empty_like(local) for _ in range(self.group.size)]
         dist.all_gather(parts, local, group=self.group.device_group)
         return torch.cat(parts, dim=-1)[:, : self.vocab_size]
+
+    def argmax(self, local: torch.Tensor) -> torch.Tensor:
+        """local [T, W] of every rank -> the token [T] with the largest logit, of equal ones the first; alike on all."""
+        if self.group.size == 1:
+            return local[:, : self.count].argmax(-1)
+        if self.count > 0:
+            keys = largest_keys(local[:, : self.count], self.first)
+        else:  # a small vocabulary may end before the last rank
+            keys = local.new_full(local.shape[:1], torch.iinfo(torch.int64).min, dtype=torch.int64)
+        dist.all_reduce(keys, dist.ReduceOp.MAX, group=self.group.device_group)
+        return entries(keys)

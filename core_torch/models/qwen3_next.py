@@ -83,6 +83,10 @@ class Qwen3Next(nn.Module):
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> torch.Tensor:
         """Logits [L, V] in float32 of `batch.logit_rows`, on every rank; the caches are updated in place."""
+        return self.lm_head(self.hidden_states(batch, caches)).float()
+
+    def hidden_states(self, batch: Batch, caches: list[LayerCache]) -> torch.Tensor:
+        """What the head takes [L, D], of `batch.logit_rows`, on every rank; the caches are updated in place."""
         PartialSum.open_debts = 0  # a pass that failed half-way owes nothing any more
         owed: PartialSum | None = None
         residual = self.embed_tokens(batch.token_ids)
@@ -91,4 +95,4 @@ class Qwen3Next(nn.Module):
         assert owed is not None  # a config has at least one layer
         _, hidden = self.norm.pay(owed, residual)
         PartialSum.check_settled()
-        return self.lm_head(self.pieces.pick(hidden, batch)).float()
+        return self.pieces.pick(hidden, batch)
