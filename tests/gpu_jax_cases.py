@@ -20,7 +20,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -482,12 +482,17 @@ def main(out: str, *cases: str) -> None:
         jax.distributed.initialize(
             f"127.0.0.1:{port}", num_processes=N, process_id=index, local_device_ids=[index]
         )
+    run_cases(globals(), out, cases)
+
+
+def run_cases(module: dict[str, Any], out: str, cases: Sequence[str]) -> None:
+    """Functions of a module, by name: one JSON line each in the file `out`."""
     with Path(out).open("w") as file:
         for case in cases:
             started = time.perf_counter()
             line: dict[str, Any] = {"case": case}
             try:
-                line["result"] = globals()[case]()
+                line["result"] = module[case]()
             except Exception:
                 line["error"] = traceback.format_exc()
             line["seconds"] = round(time.perf_counter() - started, 1)

@@ -24,8 +24,10 @@ def on_memory_of(tensor: Any) -> torch.Tensor:
     shape, strides = tuple(tensor.shape), tuple(stride * dtype.itemsize for stride in tensor.strides)
     last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     memory = (ctypes.c_uint8 * (last + dtype.itemsize)).from_address(tensor.data_ptr())
-    raw = np.ctypeslib.as_array(memory)
-    return torch.from_numpy(np.lib.stride_tricks.as_strided(raw.view(dtype), shape, strides))
+    is_bf16 = dtype == jnp.bfloat16  # which torch does not take from NumPy
+    values = np.ctypeslib.as_array(memory).view(np.int16 if is_bf16 else dtype)
+    tensor = torch.from_numpy(np.lib.stride_tricks.as_strided(values, shape, strides))
+    return tensor.view(torch.bfloat16) if is_bf16 else tensor
 
 
 class StandIns:

@@ -38,10 +38,17 @@ class Cases:
     """The processes of one run, and what their cases gave so far."""
 
     def __init__(
-        self, folder: Path, cases: tuple[str, ...], *, processes: int = 1, xla_flags: str = ""
+        self,
+        folder: Path,
+        cases: tuple[str, ...],
+        *,
+        module: str = "tests.gpu_jax_cases",
+        gpus: int = 2,
+        processes: int = 1,
+        xla_flags: str = "",
     ) -> None:
-        if torch.cuda.device_count() < 2:
-            pytest.skip("needs 2 GPUs")
+        if torch.cuda.device_count() < gpus:
+            pytest.skip(f"needs {gpus} GPUs")
         self.files = [folder / f"process{index}.jsonl" for index in range(processes)]
         self.logs = [folder / f"process{index}.log" for index in range(processes)]
         port = free_port()
@@ -61,7 +68,7 @@ class Cases:
             with self.logs[index].open("w") as log:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "tests.gpu_jax_cases", str(self.files[index]), *cases],
+                        [sys.executable, "-m", module, str(self.files[index]), *cases],
                         cwd=Path(__file__).parent.parent,
                         env=environment,
                         stdout=log,
