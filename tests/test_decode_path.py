@@ -1,4 +1,4 @@
-"""How the layers use compiled kernels, on CPU: plain torch stands in for each kernel, under its signature."""
+"""How the layers use their kernels, on CPU: plain torch stands in for each kernel, under its signature."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tests import reference
 TINY = Path(__file__).parent / "data/tiny-qwen3-next"
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, return_logits=True)
 PROMPTS = [[5, 6, 7, 8, 9], [3] * 21, [1, 2]]
+FEW = 8  # tokens that count as few here, so that the prefill of these prompts are many
 
 
 def paged(q: Any, k: Any, v: Any, tables: Any, lengths: Any, *, scale: float, gate: Any) -> torch.Tensor:
@@ -45,6 +46,15 @@ def experts(x: Any, weights: Any, experts: Any, gate_up: Any, down: Any, *, tile
     return moe.routed_experts(x, weights, experts.long(), gate_up, down)
 
 
+def route_many(logits: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    routing = route(logits, **options)
+    return routing.weights, routing.experts
+
+
+def experts_of_many(x: Any, weights: Any, chosen: Any, gate_up: Any, down: Any) -> torch.Tensor:
+    return experts(x, weights, chosen, gate_up, down, tiles=None)
+
+
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Every kernel is usable, and counted."""
@@ -56,6 +66,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         (attention, "paged_decode_attention"): paged,
         (mlp, "route_decode"): route,
         (mlp, "routed_experts_decode"): experts,
+        (mlp, "route_prefill"): route_many,
+        (mlp, "routed_experts_prefill"): experts_of_many,
     }
     for (module, name), function in functions.items():
 
@@ -65,6 +77,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
             return function(*args, **kwargs)
 
         monkeypatch.setattr(module, name, counted)
+    monkeypatch.setattr(mlp, "MAX_TOKENS", FEW)
     ask = KernelOptions.ask
     monkeypatch.setattr(
         KernelOptions, "ask", lambda self, *a, **k: Answer(True) if self.compiled else ask(self, *a, **k)
@@ -87,7 +100,7 @@ def equal_sizes(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_decode_runs_in_kernels_and_gives_the_plain_results(
+def test_steps_run_in_kernels_and_give_the_plain_results(
     equal: bool, tmp_path: Path, stand_ins: dict[str, int]
 ) -> None:
     folder = equal_sizes(tmp_path) if equal else TINY
@@ -95,11 +108,11 @@ def test_decode_runs_in_kernels_and_gives_the_plain_results(
     assert not stand_ins
     assert all(a.reason == "kernels='plain' was asked for" for a in answers.values())
     answers, got = generate(folder, dtype="float32")
-    assert answers == dict.fromkeys(
-        ("few_rows", "gdn_decode", "moe_decode", "norm_rope", "paged_decode"), Answer(True)
-    )
+    names = ("few_rows", "gdn_decode", "moe_decode", "moe_prefill", "norm_rope", "paged_decode")
+    assert answers == dict.fromkeys(names, Answer(True))
     assert set(stand_ins) == {
-        "few_rows", "gdn_decode", "norm_rope", "paged_decode_attention", "route_decode", "routed_experts_decode"
+        "few_rows", "gdn_decode", "norm_rope", "paged_decode_attention", "route_decode", "routed_experts_decode",
+        "route_prefill", "routed_experts_prefill"
     }  # fmt: skip
     for mine, want in zip(got, plain, strict=True):
         assert mine.token_ids == want.token_ids
@@ -130,7 +143,7 @@ def test_the_shared_expert_lies_behind_the_routed_ones(tmp_path: Path) -> None:
 def test_without_a_gpu_the_reason_is_told() -> None:
     with LLM(TINY, 2, max_model_len=64) as llm:  # through the worker's answer
         assert describe(llm.kernels) == (
-            "plain: few_rows, gdn_decode, moe_decode, norm_rope, paged_decode "
+            "plain: few_rows, gdn_decode, moe_decode, moe_prefill, norm_rope, paged_decode "
             "(compiled kernels need a CUDA GPU, and this is cpu)"
         )
     assert describe({"a": Answer(True), "b": Answer(False, "no")}) == "compiled: a; plain: b (no)"

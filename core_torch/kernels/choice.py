@@ -1,8 +1,10 @@
 """Which kernels a model's layers run: each layer asks once, after its weights have their place, and keeps the answer.
 
-Compiled kernels are for decode steps. `deterministic` allows all of them: in each, what a row computes and the order in
-which it is summed depend on that row and on the model's sizes alone, never on the batch, the launch or the padding (the
-GPU tests compare bits), so a sequence has the same bits alone and in any batch.
+`deterministic` allows all of them. In a kernel for decode steps, what a row computes and the order in which it is
+summed depend on that row and on the model's sizes alone, never on the batch, the launch or the padding (the GPU tests
+compare bits), so a sequence has the same bits alone and in any batch. The kernels of prefill choose tiles by the number
+of tokens of a pass; there those are one sequence's, cut the same way every time. No kernel tunes itself or adds
+atomically.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 
 from core_torch.kernels import native
 
-Answers = dict[str, native.Answer]  # by the name of the module in csrc
+Answers = dict[str, native.Answer]  # by the name of the module in csrc or jit
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class KernelOptions:
         if not self.compiled:
             return native.Answer(False, "kernels='plain' was asked for")
         answer = check(**shapes, dtype=self.dtype, device=self.device)
-        return native.check_library(name, self.device) if answer.usable else answer
+        compiled_ahead = name in native.MODULES
+        return native.check_library(name, self.device) if answer.usable and compiled_ahead else answer
 
 
 @runtime_checkable

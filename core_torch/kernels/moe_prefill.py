@@ -82,13 +82,12 @@ def check_moe_prefill(
     )
 
 
-def route_prefill(
-    logits: Tensor, *, num_experts: int, top_k: int, normalize: bool
-) -> tuple[Tensor, Tensor]:
-    """`moe.route` in one kernel: (weights [T, K] bfloat16, experts [T, K] int32); of equal logits the lower comes first.
+def route_prefill(logits: Tensor, *, num_experts: int, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """`moe.route` in one kernel; of equal logits the lower expert comes first.
 
-    logits [T, N] bfloat16 -> K = top_k choices a token. With logits [T, N + 1] the last column is the gate of a shared
-    expert: it becomes expert number N and choice K of every token, weighted by sigmoid(gate). Rows may be strided.
+    logits [T, N] bfloat16 -> (weights [T, K] bfloat16, experts [T, K] int32), K = top_k. With logits [T, N + 1] the
+    last column is the gate of a shared expert: it becomes expert number N and choice K of every token, weighted by
+    sigmoid(gate). Rows may be strided.
     """
     jit, T = require_jit("moe_prefill"), logits.shape[0]
     shared = logits.shape[1] - num_experts
@@ -114,14 +113,14 @@ def route_prefill(
 
 @dataclass(frozen=True)
 class Grouping:
-    """order [T * K]: pairs t * K + k sorted by expert; tiles [M, 4]: expert (-1: none), first place, number of pairs."""
+    """order [T * K]: pairs t * K + k, sorted; tiles [M, 4]: expert (-1: no tile), first place, number of pairs."""
 
     order: Tensor
     tiles: Tensor
 
 
 def group_by_expert(experts: Tensor, *, num_experts: int, tile_tokens: int) -> Grouping:
-    """A stable counting sort of experts [T, K] (int32 or int64; an id below 0 stands for no expert) in three kernels."""
+    """A stable counting sort in three kernels. experts [T, K] int32 or int64; ids outside 0..N-1: no expert."""
     jit, pairs = require_jit("moe_prefill"), experts.numel()
     chunks, bins = -(-pairs // CHUNK), _power_of_two(num_experts)
     counts, shifts = experts.new_empty(2, chunks, bins, dtype=torch.int32)
@@ -148,21 +147,11 @@ def group_by_expert(experts: Tensor, *, num_experts: int, tile_tokens: int) -> G
     return Grouping(order, tiles)
 
 
-def routed_experts_prefill(
-    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, *, tiles: Tiles | None = None
-) -> Tensor:
-    """`moe.routed_experts` in six kernels; a token's bits do not depend on the other tokens, for one choice of `tiles`.
-
-    x [T, D], weights [T, K] bfloat16; experts [T, K] int32 or int64, where an id below 0 stands for no expert;
-    gate_up [N, 2I, D] (gate rows first), down [N, D, I] -> this rank's partial sum [T, D]. `tiles` (default: by the
-    mean number of tokens an expert) change the time, and in theory the last bit.
-    """
-    jit, (T, K), (N, D, I) = require_jit("moe_prefill"), experts.shape, down.shape  # noqa: E741
-    tiles = tiles or choose_tiles(T * K / N)
-    group = group_by_expert(experts, num_experts=N, tile_tokens=tiles.tokens)
-    hidden, parts, out = x.new_empty(T * K, I), x.new_empty(T * K, D), x.new_empty(T, D)
-    first, second = tiles.gate_up, tiles.down
-    jit.gate_up[(len(group.tiles) * -(-2 * I // first.cols),)](
+def gate_up_product(x: Tensor, group: Grouping, gate_up: Tensor, *, top_k: int, tile: Tile) -> Tensor:
+    """silu(gate(x)) * up(x) of every pair, sorted: x [T, D], gate_up [N, 2I, D] -> [T * top_k, I]."""
+    D, I = x.shape[1], gate_up.shape[1] // 2  # noqa: E741
+    hidden = x.new_empty(len(group.order), I)
+    require_jit("moe_prefill").gate_up[(len(group.tiles) * -(-2 * I // tile.cols),)](
         x,
         group.order,
         group.tiles,
@@ -170,15 +159,22 @@ def routed_experts_prefill(
         hidden,
         D=D,
         I=I,
-        K=K,
-        ROWS=first.rows,
-        PARTS=first.parts,
-        COLS=first.cols,
-        BLOCK_D=first.block,
-        num_warps=first.warps,
-        num_stages=first.stages,
+        K=top_k,
+        ROWS=tile.rows,
+        PARTS=tile.parts,
+        COLS=tile.cols,
+        BLOCK_D=tile.block,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-    jit.down[(len(group.tiles) * -(-D // second.cols),)](
+    return hidden
+
+
+def down_product(hidden: Tensor, group: Grouping, down: Tensor, weights: Tensor, *, tile: Tile) -> Tensor:
+    """weight * down(hidden), each pair at its own place: hidden [T * K, I] sorted, down [N, D, I] -> [T * K, D]."""
+    D, I = down.shape[1:]  # noqa: E741
+    parts = hidden.new_empty(len(hidden), D)
+    require_jit("moe_prefill").down[(len(group.tiles) * -(-D // tile.cols),)](
         hidden,
         group.order,
         group.tiles,
@@ -187,16 +183,40 @@ def routed_experts_prefill(
         parts,
         D=D,
         I=I,
-        ROWS=second.rows,
-        PARTS=second.parts,
-        COLS=second.cols,
-        BLOCK_I=second.block,
-        num_warps=second.warps,
-        num_stages=second.stages,
+        ROWS=tile.rows,
+        PARTS=tile.parts,
+        COLS=tile.cols,
+        BLOCK_I=tile.block,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-    block = min(_power_of_two(D), 2048)
-    jit.combine[(T, -(-D // block))](parts, experts, out, N=N, D=D, K=K, BLOCK_D=block, num_warps=4)
+    return parts
+
+
+def combine(parts: Tensor, experts: Tensor, *, num_experts: int) -> Tensor:
+    """The float32 sum of each token's parts [T * K, D], in the order of its choices; those without an expert add 0."""
+    (T, K), D = experts.shape, parts.shape[1]
+    out, block = parts.new_empty(T, D), min(_power_of_two(D), 2048)
+    require_jit("moe_prefill").combine[(T, -(-D // block))](
+        parts, experts, out, N=num_experts, D=D, K=K, BLOCK_D=block, num_warps=4
+    )
     return out
+
+
+def routed_experts_prefill(
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, *, tiles: Tiles | None = None
+) -> Tensor:
+    """`moe.routed_experts` in six kernels; a token's bits do not depend on the other tokens, for one choice of `tiles`.
+
+    x [T, D], weights [T, K] bfloat16; experts [T, K] int32 or int64, where an id outside 0..N-1 stands for no expert;
+    gate_up [N, 2I, D] (gate rows first), down [N, D, I] -> this rank's partial sum [T, D]. `tiles` (default: by the
+    mean number of tokens an expert) change the time, and in theory the last bit.
+    """
+    K, N = experts.shape[1], len(down)
+    tiles = tiles or choose_tiles(experts.numel() / N)
+    group = group_by_expert(experts, num_experts=N, tile_tokens=tiles.tokens)
+    hidden = gate_up_product(x, group, gate_up, top_k=K, tile=tiles.gate_up)
+    return combine(down_product(hidden, group, down, weights, tile=tiles.down), experts, num_experts=N)
 
 
 def _power_of_two(least: int) -> int:

@@ -17,10 +17,13 @@ MIN_SM = 90  # tiles that fill Hopper's shared memory
 def check_triton(device: torch.device) -> Answer:
     """Whether Triton's kernels run on `device` at all."""
     if device.type != "cuda":
-        return Answer(False, f"Triton kernels need a CUDA GPU, and this is {device}")
+        return Answer(False, f"compiled kernels need a CUDA GPU, and this is {device}")
     major, minor = torch.cuda.get_device_capability(device)
     return first_failure(
-        (10 * major + minor >= MIN_SM, f"Triton kernels need SM{MIN_SM} or newer, this GPU is SM{major}{minor}"),
+        (
+            10 * major + minor >= MIN_SM,
+            f"compiled kernels need SM{MIN_SM} or newer, this GPU is SM{major}{minor}",
+        ),
         (importlib.util.find_spec("triton") is not None, "triton is not installed"),
     )
 

@@ -13,6 +13,7 @@ from core_torch.kernels.allreduce import ReduceGroup
 from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.moe import route, routed_experts, swiglu
 from core_torch.kernels.moe_decode import MAX_TOKENS, check_moe_decode, route_decode, routed_experts_decode
+from core_torch.kernels.moe_prefill import check_moe_prefill, route_prefill, routed_experts_prefill
 from core_torch.layers.linear import Ahead, Linear, Product, RowParallelLinear
 from core_torch.partial_sum import PartialSum
 from shared_config.checkpoint import div_even
@@ -64,16 +65,19 @@ class Experts(nn.Module):
         experts: torch.Tensor,
         tiles: torch.Tensor | None = None,
         ahead: Ahead = (),
+        many: bool = False,
     ) -> PartialSum:
-        """With `tiles` (of `route_decode`) in compiled kernels, where expert N is the shared one, if it lies there."""
+        """With `tiles` (of `route_decode`) in the kernels for few tokens, with `many` in those for many; in both,
+        expert N is the shared one, if it lies there."""
         own = self.gate_up_proj, self.down_proj
-        if tiles is None:
-            part = routed_experts(x, weights, experts, *own, first=self.first)
+        if tiles is not None:
+            own, later = self.with_shared or own, [layer.weight for layer in ahead]
+            part = routed_experts_decode(x, weights, experts, *own, tiles=tiles, ahead=later)
+        elif many:
+            own, local = self.with_shared or own, experts if self.first is None else experts - self.first
+            part = routed_experts_prefill(x, weights, local, *own)
         else:
-            own = self.with_shared or own
-            part = routed_experts_decode(
-                x, weights, experts, *own, tiles=tiles, ahead=[layer.weight for layer in ahead]
-            )
+            part = routed_experts(x, weights, experts, *own, first=self.first)
         return PartialSum(part, self.group)
 
 
@@ -95,7 +99,7 @@ class SparseMoE(nn.Module):
         )
         self.shared_expert_gate = Linear(config.hidden_size, 1)
         self.router_weight: torch.Tensor | None = None  # gate's rows, shared_expert_gate's, rows of zeros
-        self.compiled = NOT_ASKED
+        self.few = self.many = NOT_ASKED
         self.ahead: Ahead = ()  # the next layer's first
 
     @property
@@ -117,35 +121,36 @@ class SparseMoE(nn.Module):
         )
 
     def choose_kernels(self, options: KernelOptions) -> Answers:
-        if self.experts.first is not None:
-            self.compiled = native.Answer(
-                False, "moe_decode takes all experts, not one block of them (ep_size > 1)"
-            )
-            return {"moe_decode": self.compiled}
         N, D, local = self.experts.down_proj.shape
         more = self.router_weight is not None
-        self.compiled = options.ask(
-            "moe_decode",
-            check_moe_decode,
-            num_experts=N + more,
-            top_k=self.top_k + more,
-            hidden_size=D,
-            intermediate_size=local,
+        shapes = {
+            "num_experts": N + more,
+            "top_k": self.top_k + more,
+            "hidden_size": D,
+            "intermediate_size": local,
+        }
+        self.many = options.ask("moe_prefill", check_moe_prefill, **shapes)
+        self.few = (
+            options.ask("moe_decode", check_moe_decode, **shapes)
+            if self.experts.first is None
+            else native.Answer(False, "moe_decode takes all experts, not one block of them (ep_size > 1)")
         )
-        return {"moe_decode": self.compiled}
+        return {"moe_decode": self.few, "moe_prefill": self.many}
 
     def forward(self, x: torch.Tensor) -> PartialSum:
-        if self.compiled.usable and x.shape[0] <= MAX_TOKENS:
-            return self._few_tokens(x)
-        weights, experts = route(self.gate(x), top_k=self.top_k, normalize=self.normalize)
-        return self.experts(x, weights, experts) + self._shared(x)
-
-    def _few_tokens(self, x: torch.Tensor) -> PartialSum:
+        few = self.few.usable and x.shape[0] <= MAX_TOKENS
+        if not few and not self.many.usable:
+            weights, experts = route(self.gate(x), top_k=self.top_k, normalize=self.normalize)
+            return self.experts(x, weights, experts) + self._shared(x)
         N = len(self.gate.weight)
         weight = self.gate.weight if self.router_weight is None else self.router_weight
         logits = self.gate.multiply(x, weight, None)[:, : N + (self.router_weight is not None)]
-        routing = route_decode(logits, num_experts=N, top_k=self.top_k, normalize=self.normalize)
-        part = self.experts(x, routing.weights, routing.experts, routing.tiles, self.ahead)
+        options = {"num_experts": N, "top_k": self.top_k, "normalize": self.normalize}
+        if few:
+            routing = route_decode(logits, **options)
+            part = self.experts(x, routing.weights, routing.experts, routing.tiles, self.ahead)
+        else:
+            part = self.experts(x, *route_prefill(logits, **options), many=True)
         return part if self.router_weight is not None else part + self._shared(x)
 
     def _shared(self, x: torch.Tensor) -> PartialSum:

@@ -50,11 +50,8 @@ def route(
     chosen = (choice < K)[None, :]
     largest = tl.max(tl.where(chosen, value, float("-inf")), axis=1)
     part = tl.where(chosen, tl.exp(value - largest[:, None]), 0.0)
-    if NORMALIZE:
-        total = tl.sum(part, axis=1)
-    else:
-        total = tl.sum(tl.exp(x.to(tl.float32) - largest[:, None]), axis=1)
-    weight = part / total[:, None]
+    whole = part if NORMALIZE else tl.exp(x.to(tl.float32) - largest[:, None])
+    weight = part / tl.sum(whole, axis=1)[:, None]
     expert = 65535 - (best & 0xFFFF)
     if SHARED:
         gate = tl.load(at + N).to(tl.float32)
@@ -320,7 +317,20 @@ def down(
     for part in tl.static_range(PARTS):
         if (size > part * ROWS) & ((size <= (part + 1) * ROWS) | (part + 1 == PARTS)):
             _down_rows(
-                hidden, order, weights, scales, parts, start, size, column, D, I, ROWS, part + 1, COLS, BLOCK_I
+                hidden,
+                order,
+                weights,
+                scales,
+                parts,
+                start,
+                size,
+                column,
+                D,
+                I,
+                ROWS,
+                part + 1,
+                COLS,
+                BLOCK_I,
             )
 
 
