@@ -3,13 +3,17 @@
 Shapes: T rows of all sequences one after another, S sequences, C rows of the longest chunk, P pages of the longest
 table, L rows whose logits are wanted. A decode pass has one token a sequence (T = S). Every size is padded to a power
 of two, so that few programs serve all batches; padding rows belong to page 0 and slot 0, which no sequence owns.
+
+Under attention-DP each DP rank has a pass of its own, all of the same shapes, and the host's arrays are theirs one
+after another (`own` takes a rank's); what is wanted of them is one list, in the step's order.
 """
 # jaxtyping's shape strings are not Python.
 # ruff: noqa: F722
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,8 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32, Shaped
 
+from jax_bridge.axes import MeshAxis
+from shared_config.layout import ParallelLayout
+from shared_config.placement import place_step
 from shared_config.scheduler import Step
 
+ONE_RANK = ParallelLayout()
 MIN_PREFILL_ROWS = 16
 MIN_PAGES = 4
 
@@ -60,8 +68,9 @@ class Batch:
     page_tables: Int32[Array, "S P"]
     lengths: Int32[Array, " S"]  # this pass's tokens counted
     state_slots: Int32[Array, " S"]
-    logit_rows: Int32[Array, " L"]  # the rows whose logits are wanted
-    sample_rows: Int32[Array, " S"]  # of those, each sequence's last
+    order: Int32[Array, " S"]  # each sequence's place in the step
+    logit_rows: Int32[Array, " L"]  # the rows whose logits are wanted, of all passes one after another
+    sample_rows: Int32[Array, " S"]  # of those, each sequence's last, in the step's order
     spans: Spans | None  # prefill chunks; None for decode
 
     @property
@@ -75,19 +84,21 @@ class Batch:
             return self.state_slots > 0
         return jnp.arange(self.token_ids.shape[0], dtype=jnp.int32) < jnp.sum(self.spans.counts)
 
+    def own(self, axis: MeshAxis) -> Batch:
+        """The pass of this device's attention-DP rank, inside shard_map."""
+        own = jax.tree.map(axis.own_rows, self)
+        return replace(own, logit_rows=self.logit_rows, sample_rows=self.sample_rows)
+
     def next_token(self, token_ids: Int32[Array, " S"], page_size: int) -> Batch:
-        """The decode pass after this one, of the tokens that this one chose."""
+        """The decode pass after this one, of the tokens that this one chose, in the step's order."""
         positions = self.positions + 1
         pages = jnp.take_along_axis(self.page_tables, positions[:, None] // page_size, axis=1)[:, 0]
-        return Batch(
-            token_ids=token_ids,
+        return replace(
+            self,
+            token_ids=token_ids[self.order],
             positions=positions,
             kv_slots=pages * page_size + positions % page_size,
-            page_tables=self.page_tables,
             lengths=self.lengths + 1,
-            state_slots=self.state_slots,
-            logit_rows=self.logit_rows,
-            sample_rows=self.sample_rows,
             spans=None,
         )
 
@@ -98,27 +109,60 @@ def bucket(count: int, least: int = 1) -> int:
 
 
 def build_batch(
-    step: Step, *, page_size: int, all_logits: bool = False, rows: int = 1, pages: int = MIN_PAGES
+    step: Step,
+    *,
+    page_size: int,
+    layout: ParallelLayout = ONE_RANK,
+    all_logits: bool = False,
+    rows: int = 1,
+    pages: int = MIN_PAGES,
 ) -> Batch:
     """Host arrays for `step`, padded, to at least `rows` sequences and `pages` columns.
 
     Logits are wanted of every row (`all_logits`) or of each chunk's last.
     """
-    chunks = step.chunks
-    S = bucket(len(chunks), rows)
-    T = bucket(step.num_tokens, MIN_PREFILL_ROWS) if step.prefill else S
+    chunks, least = step.chunks, MIN_PREFILL_ROWS if step.prefill else rows
+    placement = place_step(step, layout, round_up=lambda count: bucket(count, least))
+    parts = [placement.part(dp) for dp in range(layout.attn_dp_size)]
+    S = bucket(max(len(part.chunks) for part in parts), rows)
     C = bucket(max(chunk.num_tokens for chunk in chunks), MIN_PREFILL_ROWS)
     P = bucket(max(len(chunk.sequence.pages) for chunk in chunks), pages)
+    passes = [_build_pass(part, step, page_size, placement.pass_rows, S, C, P) for part in parts]
+    firsts = [
+        chunk.sequence.dp_rank(len(parts)) * placement.pass_rows + first
+        for chunk, first in zip(chunks, placement.firsts(), strict=True)
+    ]
+    wanted = [
+        first + row
+        for chunk, first in zip(chunks, firsts, strict=True)
+        for row in (range(chunk.num_tokens) if all_logits else (chunk.num_tokens - 1,))
+    ]
+    samples = np.cumsum([chunk.num_tokens for chunk in chunks]) - 1 if all_logits else range(len(chunks))
+    lists = {
+        "logit_rows": _padded(wanted, bucket(len(wanted), least if all_logits else rows)),
+        "sample_rows": _padded(samples, bucket(len(chunks), rows)),
+    }
+    joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *passes)
+    return replace(joined, **lists)
 
-    def zeros(*shape: int) -> Any:  # numpy's, which jit takes as they are
+
+def _padded(values: Iterable[int], size: int) -> Any:
+    """numpy's arrays, which jit takes as they are."""
+    values = np.fromiter(values, np.int32)
+    return np.pad(values, (0, size - len(values)))
+
+
+def _build_pass(part: Step, step: Step, page_size: int, T: int, S: int, C: int, P: int) -> Batch:
+    """The arrays of one DP rank, which runs `part` of `step`."""
+    chunks = part.chunks
+
+    def zeros(*shape: int) -> Any:
         return np.zeros(shape, np.int32)
-
-    def numbered(count: int) -> Any:
-        return np.arange(count, dtype=np.int32)
 
     token_ids, positions, kv_slots = zeros(T), zeros(T), zeros(T)
     tables, lengths, slots, starts, counts = zeros(S, P), zeros(S) + 1, zeros(S), zeros(S), zeros(S)
-    last_rows, chunk_rows, places = zeros(S), zeros(S, C), zeros(T)
+    chunk_rows, places = zeros(S, C), zeros(T)
+    numbers = {id(chunk): number for number, chunk in enumerate(step.chunks)}
     first = 0
     for i, chunk in enumerate(chunks):
         sequence, end = chunk.sequence, chunk.start + chunk.num_tokens
@@ -130,7 +174,6 @@ def build_batch(
         lengths[i], slots[i], starts[i], counts[i] = end, sequence.slot, chunk.start, chunk.num_tokens
         chunk_rows[i, : chunk.num_tokens] = np.arange(mine.start, mine.stop)
         places[mine] = i * C + np.arange(chunk.num_tokens)
-        last_rows[i] = mine.stop - 1
         first = mine.stop
     return Batch(
         token_ids=token_ids,
@@ -139,7 +182,8 @@ def build_batch(
         page_tables=tables,
         lengths=lengths,
         state_slots=slots,
-        logit_rows=numbered(T) if all_logits else last_rows,
-        sample_rows=last_rows if all_logits else numbered(S),
+        order=_padded((numbers[id(chunk)] for chunk in chunks), S),
+        logit_rows=zeros(0),
+        sample_rows=zeros(0),
         spans=Spans(starts, counts, chunk_rows, places) if step.prefill else None,
     )

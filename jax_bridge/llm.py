@@ -35,8 +35,10 @@ class LLM:
     (the tokens stay the same; a stream comes in bursts of that many). Further keywords are `EngineSettings`'.
 
     The ranks are tensor_parallel_size devices of this process; on CPU they are virtual, which JAX must be told before
-    its first use (done here when nothing used it yet). Raises ValueError for bad arguments, FusionError when
-    fusion="on" cannot be had.
+    its first use (done here when nothing used it yet). attn_cp_size and attn_dp_size say how many of them attention
+    puts to context and data parallelism, moe_dp_size and ep_size how many the MoE puts to data and expert parallelism
+    (`shared_config.ParallelLayout`); the rest is tensor parallelism. Raises ValueError for bad arguments, FusionError
+    when fusion="on" cannot be had.
     """
 
     def __init__(
@@ -47,6 +49,10 @@ class LLM:
         deterministic: bool = False,
         dtype: str = "auto",
         *,
+        attn_cp_size: int = 1,
+        attn_dp_size: int = 1,
+        moe_dp_size: int = 1,
+        ep_size: int = 1,
         device: str = "auto",
         backend: str = "auto",
         allow_multicast: bool = False,
@@ -57,7 +63,13 @@ class LLM:
     ) -> None:
         folder = Path(model)
         self.config = Qwen3NextConfig.from_hf(folder)
-        layout = ParallelLayout(tp_size=tensor_parallel_size)
+        layout = ParallelLayout(
+            tp_size=tensor_parallel_size,
+            attn_cp_size=attn_cp_size,
+            attn_dp_size=attn_dp_size,
+            moe_dp_size=moe_dp_size,
+            ep_size=ep_size,
+        )
         layout.validate(self.config)
         if decode_steps < 1:
             raise ValueError(f"decode_steps must be at least 1, got {decode_steps}")

@@ -135,6 +135,18 @@ def total(
     return reduction.allreduce(call, vary_over(x, axes_of(axis_name)) if checked else x, sequence)
 
 
+def sum_for_norm(
+    partial: jax.Array, axis_name: AxisName, *, comm: Communicator | None, side: str
+) -> jax.Array:
+    """The sum of gathered rows, of which the norm then takes its own: never fused, counted as the norm's reduction."""
+    _check_array("partial", partial)
+    axis_name = _checked_axes(axis_name)
+    checked = is_checked(axis_name)
+    communicator, reason = find_communicator(axis_name, comm)
+    call = Reduction(axis_name, side, communicator, reason, checked, alike=checked)
+    return reduction.sum_for_norm(call, vary_over(partial, axes_of(axis_name)) if checked else partial)
+
+
 def _check_array(name: str, x: jax.Array) -> None:
     if not isinstance(x, jax.Array):
         raise TypeError(f"{name} must be a jax.Array, got {type(x).__name__}")

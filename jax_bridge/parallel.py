@@ -11,25 +11,38 @@ import jax
 import jax.numpy as jnp
 import torch
 
+from jax_bridge.axes import AxisName, MeshAxis
+from jax_bridge.communicator import Communicator
 from jax_bridge.devices import Device
+from jax_bridge.mesh import axis_of, make_mesh, refine
 from jax_bridge.opening import fused_communicator
 from jax_bridge.partial_sum import ReduceAxis
+from jax_bridge.pieces import Pieces
 from shared_config import FusionDecision, ParallelLayout
 
-AXIS = "tp"  # the mesh axis that attention and the MLPs are split over
 # XLA would keep float32 between fused operations where the program rounds to bfloat16, as PyTorch does round.
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+MOE_SLICE = ("ep", "moe_tp")  # what owes the MoE's sums
 HOST_DEVICES_FLAG = "xla_force_host_platform_device_count"
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """`attention` and `mlp` owe the layers' sums. `decision` is the one in force after start-up."""
+    """`attention` and `mlp` owe the layers' sums, `experts` hold blocks of experts, rows travel along `pieces`.
+    `decision` is the one in force after start-up."""
 
+    layout: ParallelLayout
     mesh: jax.sharding.Mesh
     decision: FusionDecision
     attention: ReduceAxis
     mlp: ReduceAxis
+    experts: MeshAxis
+    pieces: Pieces
+
+    @property
+    def heads(self) -> MeshAxis:
+        """The ranks that a mixer's heads are spread over."""
+        return self.attention.times(self.pieces.context)
 
     @property
     def platform(self) -> str:
@@ -88,17 +101,44 @@ def open_parallel(
     decision: FusionDecision, layout: ParallelLayout, *, devices: list[Device], dtype: jnp.dtype
 ) -> Iterator[Parallel]:
     """A mesh of `devices`, with fusion started where the decision allows it. Functions traced inside may fuse."""
-    mesh = jax.make_mesh(
-        (layout.tp_size,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
-    )
+    factors = refine(layout)
+    mesh = make_mesh(factors, devices)
+    tp, moe = axis_of(factors, "tp"), axis_of(factors, *MOE_SLICE)
+    names = [axis.name for axis in {tp: None, moe: None} if axis.size > 1]
     with ExitStack() as stack:
-        comm = None
-        if layout.tp_size > 1:
-            comm = stack.enter_context(fused_communicator(mesh, AXIS, decision.hidden_size, dtype, decision))
-            decision = comm.decision
+        comms = _open(stack, mesh, names, decision, dtype)
+        decisions = [comm.decision for comm in comms.values()]
+        refusal = next((other for other in decisions if not other.enabled), None)
+        if refusal is not None and any(other.enabled for other in decisions):
+            stack.close()  # a later group's failure stops the groups that have started, too
+            comms = _open(stack, mesh, names, refusal, dtype)
         yield Parallel(
-            mesh,
-            decision,
-            attention=ReduceAxis(AXIS, layout.attn_tp_size, "attention", comm),
-            mlp=ReduceAxis(AXIS, layout.moe_reduce_size, "mlp", comm),
+            layout=layout,
+            mesh=mesh,
+            decision=refusal or next(iter(decisions), decision),
+            attention=ReduceAxis(tp.name, tp.size, "attention", comms.get(tp.name)),
+            mlp=ReduceAxis(moe.name, moe.size, "mlp", comms.get(moe.name)),
+            experts=axis_of(factors, "ep"),
+            pieces=Pieces(
+                layout,
+                context=axis_of(factors, "cp"),
+                data=axis_of(factors, "dp"),
+                prefill=axis_of(factors, "dp", "cp", within=MOE_SLICE),
+                decode=axis_of(factors, "dp", within=MOE_SLICE),
+                everyone=axis_of(factors, "dp", "cp"),
+            ),
         )
+
+
+def _open(
+    stack: ExitStack,
+    mesh: jax.sharding.Mesh,
+    names: list[AxisName],
+    decision: FusionDecision,
+    dtype: jnp.dtype,
+) -> dict[AxisName, Communicator]:
+    """One communicator for each kind of group; attention and the MoE share one where their groups are the same."""
+    return {
+        name: stack.enter_context(fused_communicator(mesh, name, decision.hidden_size, dtype, decision))
+        for name in names
+    }

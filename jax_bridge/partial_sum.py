@@ -11,21 +11,16 @@ from dataclasses import dataclass
 
 import jax
 
+from jax_bridge.axes import MeshAxis
 from jax_bridge.communicator import Communicator
 
 
 @dataclass(frozen=True)
-class ReduceAxis:
-    """The ranks that a sum is owed by: a mesh axis of `size` devices. `side` is "attention" or "mlp"."""
+class ReduceAxis(MeshAxis):
+    """The ranks that a sum is owed by. `side` is "attention" or "mlp"."""
 
-    name: str
-    size: int
     side: str
     comm: Communicator | None = None
-
-    def rank(self) -> jax.Array:
-        """This device's place on the axis, inside shard_map. int32 []."""
-        return jax.lax.axis_index(self.name)
 
 
 class DebtError(RuntimeError):

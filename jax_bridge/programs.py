@@ -54,7 +54,7 @@ def run_loop(
         ended = ended | (ends & jnp.isin(chosen, jnp.asarray(eos, jnp.int32)))
         return count + 1, ended, batch.next_token(chosen, page_size), cache, tokens.at[count].set(chosen)
 
-    tokens = jnp.zeros((most, first.token_ids.shape[0]), jnp.int32)
+    tokens = jnp.zeros((most, first.sample_rows.shape[0]), jnp.int32)
     state = (jnp.int32(0), ended, first, cache, tokens)
     count, _, _, cache, tokens = jax.lax.while_loop(goes_on, one_step, state)
     return (tokens, count), cache

@@ -210,6 +210,13 @@ def _sum_backward(call: Reduction, _saved: None, cotangents: Any) -> tuple[jax.A
 allreduce.defvjp(_sum_forward, _sum_backward)
 
 
+def sum_for_norm(call: Reduction, partial: jax.Array) -> jax.Array:
+    """The sum over the axis as the first of a norm's three unfused steps, and counted as that norm's reduction."""
+    partial, fuses = _noted(call, "allreduce_residual_rmsnorm", partial)
+    assert not fuses  # the decision refuses where rows of several ranks were gathered
+    return plain.allreduce(partial, call.axis_name, call.pinned_order)
+
+
 def _to_every_rank(call: Reduction, cotangent: jax.Array) -> jax.Array:
     """The gradient of a partial sum from the gradient of the sum."""
     if not call.alike:

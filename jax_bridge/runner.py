@@ -74,7 +74,7 @@ class ModelRunner:
             settings,
             decode_steps,
         )
-        model = Qwen3Next(config, parallel.attention, parallel.mlp)
+        model = Qwen3Next(config, parallel.attention, parallel.mlp, parallel.experts, parallel.pieces)
         materialize(model, weights(model, parallel, dtype))
         self.kernels = choose_kernels(
             [part for layer in model.layers for part in (layer.mixer, layer.mlp)],
@@ -93,7 +93,8 @@ class ModelRunner:
         self.cache = make_cache(
             config,
             mesh=parallel.mesh,
-            axis_name=parallel.attention.name,
+            heads=parallel.heads,
+            data=parallel.pieces.data,
             num_pages=self.num_pages,
             page_size=settings.page_size,
             num_slots=settings.max_num_seqs,
@@ -112,9 +113,8 @@ class ModelRunner:
         wanted = s.max_num_seqs * -(-s.max_model_len // s.page_size)
         if self.parallel.platform == "cpu":
             return wanted
-        page, slot = cache_bytes(
-            self.config, tp_size=self.parallel.mesh.size, page_size=s.page_size, itemsize=dtype.itemsize
-        )
+        shares = self.parallel.layout.head_shares
+        page, slot = cache_bytes(self.config, shares=shares, page_size=s.page_size, itemsize=dtype.itemsize)
         stats = [device.memory_stats() for device in self.parallel.mesh.devices.flat]
         left = min(int(d["bytes_limit"] * s.memory_fraction) - d["bytes_in_use"] for d in stats)
         fits = (left - (s.max_num_seqs + 1) * slot) // max(page, 1)
@@ -128,12 +128,16 @@ class ModelRunner:
 
     def program(self, local: Local) -> Program:
         """`local` on every device of the mesh, compiled; the cache is donated."""
-        graphdef = self.graphdef
+        graphdef, data = self.graphdef, self.parallel.pieces.data
+
+        def own(leaf: Any) -> Any:
+            return leaf.own(data) if isinstance(leaf, Batch) else leaf
 
         def on_device(parameters: nnx.State, cache: list[LayerCache], inputs: Any) -> Any:
+            inputs = jax.tree.map(own, inputs, is_leaf=lambda leaf: isinstance(leaf, Batch))
             return local(nnx.merge(graphdef, parameters), cache, inputs)
 
-        caches = cache_specs(self.config, self.parallel.attention.name)
+        caches = cache_specs(self.config, self.parallel.heads, data)
         sharded = jax.shard_map(
             on_device,
             mesh=self.parallel.mesh,
@@ -220,7 +224,7 @@ class ModelRunner:
     def _run_loop(self, step: Step, steps: int) -> None:
         """`steps` greedy steps, or fewer when every row has ended."""
         batch = self.batch(step)
-        ends = np.zeros(batch.token_ids.shape, bool)
+        ends = np.zeros(batch.sample_rows.shape, bool)
         ends[: len(step.chunks)] = [not chunk.sequence.params.ignore_eos for chunk in step.chunks]
         padding = np.arange(len(ends)) >= len(step.chunks)
         (tokens, count), reductions = self.execute(self._loop, (batch, np.int32(steps), ends, padding))
@@ -233,6 +237,7 @@ class ModelRunner:
         return build_batch(
             step,
             page_size=s.page_size,
+            layout=self.parallel.layout,
             all_logits=all_logits,
             rows=s.max_num_seqs if pinned else 1,
             pages=-(-s.max_model_len // s.page_size) if pinned else MIN_PAGES,

@@ -47,7 +47,7 @@ class Session:
         self.spec, self.runner, self.tokenizer = spec, runner, tokenizer
         self.decision: FusionDecision = runner.parallel.decision
         self.kernels = runner.kernels
-        self.scheduler = make_scheduler(spec.settings, runner.num_pages)
+        self.scheduler = make_scheduler(spec.settings, runner.num_pages, spec.layout.attn_dp_size)
 
     def generate(self, requests: list[Request]) -> Iterator[list[RequestOutput]]:
         """After each step, the outputs that it changed."""

@@ -20,10 +20,11 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from jax_bridge.axes import axes_of
 from jax_bridge.dlpack import shards_from_torch
 from jax_bridge.models.qwen3_next import Qwen3Next
 from jax_bridge.parallel import Parallel
-from shared_config.checkpoint import FLOAT32_PARAMETERS, Piece, check_names, is_packed, plan_checkpoint
+from shared_config.checkpoint import FLOAT32_PARAMETERS, Piece, check_names, is_packed, plan_rank
 from shared_config.checkpoint_files import CheckpointFiles
 from shared_config.model import Qwen3NextConfig
 
@@ -79,20 +80,17 @@ def load_checkpoint(
     """
     files = CheckpointFiles(folder, "np")
     packed = is_packed(files.shapes)
-    plans = [
-        plan_checkpoint(config, attn_rank=rank, attn_size=parallel.mesh.size, packed=packed)
-        for rank in range(parallel.mesh.size)
-    ]
+    plans = [plan_rank(config, parallel.layout, rank, packed=packed) for rank in range(parallel.mesh.size)]
     check_names(plans[0], files.shapes, tied=config.tie_word_embeddings)
     pieces: list[dict[str, list[Piece]]] = [{} for _ in plans]
     for plan, by_name in zip(plans, pieces, strict=True):
         for piece in plan.pieces:
             by_name.setdefault(piece.parameter, []).append(piece)
 
-    def reader(name: str, shape: tuple[int, ...], split: int | None) -> Callable[[Any], np.ndarray]:
+    def reader(name: str, shape: tuple[int, ...], owners: dict[Any, int]) -> Callable[[Any], np.ndarray]:
         def read(index: tuple[slice, ...]) -> np.ndarray:
             """The shard at `index` of the whole parameter."""
-            rank = 0 if split is None else (index[split].start or 0) // shape[split]
+            rank = owners[_start(index)]
             shard = np.zeros(shape, parameter_dtype(name, dtype))  # the vocabulary's padding rows stay zero
             for piece in pieces[rank][name]:
                 box = shard[piece.parameter_box]
@@ -112,9 +110,15 @@ def load_checkpoint(
     )
     for name, parameter in bar:
         shape, sharding = _whole(parameter.shape, specs[name], parallel.mesh)
-        split = next((dim for dim, axis in enumerate(specs[name]) if axis is not None), None)
-        values[name] = jax.make_array_from_callback(shape, sharding, reader(name, parameter.shape, split))
+        places = sharding.devices_indices_map(shape)
+        # Of the ranks that hold the same shard any will do.
+        owners = {_start(places[device]): rank for rank, device in enumerate(parallel.mesh.devices.flat)}
+        values[name] = jax.make_array_from_callback(shape, sharding, reader(name, parameter.shape, owners))
     return values
+
+
+def _start(index: tuple[slice, ...]) -> tuple[int, ...]:
+    return tuple(part.start or 0 for part in index)
 
 
 def take_torch_shards(
@@ -194,5 +198,5 @@ def _whole(
     shape: tuple[int, ...], spec: PartitionSpec, mesh: jax.sharding.Mesh
 ) -> tuple[tuple[int, ...], NamedSharding]:
     """The shape of all ranks' shares of a parameter, and where they lie."""
-    sizes = (1 if axis is None else mesh.shape[axis] for axis in spec)
+    sizes = (math.prod(mesh.shape[name] for name in axes_of(axis or ())) for axis in spec)
     return tuple(n * size for n, size in zip(shape, sizes, strict=True)), NamedSharding(mesh, spec)

@@ -13,6 +13,7 @@ import torch
 from core_torch.kernels.allreduce import ReduceGroup
 from core_torch.kernels.comm import SingleComm
 from core_torch.models.qwen3_next import Qwen3Next as TorchModel
+from core_torch.pieces import Peers, Pieces
 from core_torch.weights import load_checkpoint, materialize
 from jax_bridge import LLM, SamplingParams
 from jax_bridge.runner import ModelRunner
@@ -37,20 +38,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(make_model("attention_only"), tmp_path_factory.mktemp("checkpoint"), packed=True)
 
 
-def torch_ranks(folder: Path, size: int, dtype: torch.dtype = torch.float32) -> list[dict[str, torch.Tensor]]:
+def torch_ranks(
+    folder: Path, size: int, dtype: torch.dtype = torch.float32, **sizes: int
+) -> list[dict[str, torch.Tensor]]:
     """The parameters of each rank of a PyTorch model, all in this process; they only hold weights."""
     config = Qwen3NextConfig.from_hf(folder)
-    layout = ParallelLayout(tp_size=size)
+    layout = ParallelLayout(tp_size=size, **sizes)
     decision = resolve_fusion(config, layout, HardwareInfo(), FlashInferInfo(), FusionRequest())
     ranks = []
     for rank in range(size):
         group: Any = object()  # nothing is reduced
-        groups = [
-            ReduceGroup(side, side, tuple(range(size)), rank, group, SingleComm(), decision)
-            for side in ("attention", "mlp")
-        ]
+        attention, mlp, nobody = (
+            ReduceGroup(side, side, ranks, ranks.index(rank), group, SingleComm(), decision)
+            for side, ranks in (
+                ("attention", layout.group("attn_tp", rank)),
+                ("mlp", layout.group("moe_reduce", rank)),
+                ("mlp", (rank,)),
+            )
+        )
+        context = layout.group("attn_cp", rank)
+        peers = Peers(
+            context, context.index(rank), None
+        )  # nobody talks, and only `context` says what a rank holds
         with torch.device("meta"):
-            model = TorchModel(config, *groups)
+            model = TorchModel(config, attention, mlp, Pieces(layout, peers, peers, peers, peers, nobody))
         materialize(model, dtype, torch.device("cpu"))
         load_checkpoint(model, folder, progress=False)
         ranks.append({name: parameter.detach() for name, parameter in model.named_parameters()})
@@ -81,10 +92,25 @@ def test_live_torch_shards_are_used_in_place(folder: Path) -> None:
         assert llm.generate(PROMPT, GREEDY)[0].token_ids == before
 
 
-def test_torch_ranks_are_the_checkpoints_shards(folder: Path) -> None:
-    """Rank by rank PyTorch holds what JAX has read from the checkpoint for that device."""
-    ranks = torch_ranks(folder, 2)
-    with LLM(folder, 2, **SMALL) as loaded, LLM.from_torch(folder, ranks, **SMALL) as shared:
+@pytest.mark.parametrize(
+    ("checkpoint", "tp", "sizes"),
+    [
+        ("attention_only", 2, {}),
+        ("base", 4, {"attn_cp_size": 2, "ep_size": 2}),
+        ("base", 4, {"attn_cp_size": 4, "moe_dp_size": 2}),  # fewer KV heads than ranks
+        ("base", 8, {"attn_dp_size": 2, "attn_cp_size": 2, "ep_size": 2, "moe_dp_size": 2}),
+    ],
+)
+def test_torch_ranks_are_the_checkpoints_shards(
+    checkpoint: str, tp: int, sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Rank by rank PyTorch holds what JAX has read from the checkpoint for that device, under any layout."""
+    folder = save_model(make_model(checkpoint), tmp_path / checkpoint, packed=checkpoint == "base")
+    ranks = torch_ranks(folder, tp, **sizes)
+    with (
+        LLM(folder, tp, **SMALL, **sizes) as loaded,
+        LLM.from_torch(folder, ranks, **SMALL, **sizes) as shared,
+    ):
         assert arrays(loaded).keys() == ranks[0].keys()
         for name, array in arrays(loaded).items():
             other = arrays(shared)[name]

@@ -1,22 +1,21 @@
 """Gated full attention: q and an output gate from one projection, normed q and k, partial rotary, GQA.
 
-Shapes: T rows, D hidden, H local query heads, G local KV heads, d head_dim.
+Shapes: R rows of this rank, T of its pass (see `head_exchange`), D hidden, H local query heads, G local KV heads,
+d head_dim.
 """
 # jaxtyping's shape strings are not Python.
 # ruff: noqa: F722
 
 from __future__ import annotations
 
-import itertools
-
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.norm_rope import check_norm_rope
 from core_torch.kernels.paged_decode import check_paged_decode
+from jax_bridge.axes import MeshAxis
 from jax_bridge.batch import Batch
 from jax_bridge.cache import KVCache
 from jax_bridge.kernels.activation import sigmoid
@@ -24,6 +23,7 @@ from jax_bridge.kernels.attention import decode_attention, prefill_attention, wr
 from jax_bridge.kernels.norm_rope import norm_rope
 from jax_bridge.kernels.paged_decode import paged_decode_attention
 from jax_bridge.kernels.rope import apply_rotary, rotary_cos_sin
+from jax_bridge.layers.head_exchange import HeadExchange, split_sizes
 from jax_bridge.layers.linear import Linear, RowParallelLinear
 from jax_bridge.layers.norm import WEIGHT_BIAS, RMSNorm
 from jax_bridge.partial_sum import PartialSum, ReduceAxis
@@ -32,21 +32,27 @@ from shared_config.model import Qwen3NextConfig
 
 
 class GatedAttention(nnx.Module):
-    """x [T, D] -> this rank's part of the attention output [T, D], and the cache with the new keys and values."""
+    """x [R, D] -> this rank's part of the attention output [R, D], and the cache with the new keys and values."""
 
-    def __init__(self, config: Qwen3NextConfig, axis: ReduceAxis) -> None:
-        self.num_heads = len(head_share(config.num_attention_heads, 0, axis.size, "num_attention_heads"))
-        self.num_kv_heads = len(head_share(config.num_key_value_heads, 0, axis.size, "num_key_value_heads"))
+    def __init__(self, config: Qwen3NextConfig, axis: ReduceAxis, context: MeshAxis) -> None:
+        heads = len(head_share(config.num_attention_heads, 0, axis.size, "num_attention_heads"))
+        kv_heads = len(head_share(config.num_key_value_heads, 0, axis.size, "num_key_value_heads"))
+        parts = [(count, config.head_dim) for count in (heads, heads, kv_heads, kv_heads)]
+        self.exchange = HeadExchange(context, parts)
+        self.num_heads, _, self.num_kv_heads, _ = self.exchange.heads
         self.head_dim, self.rotary_dim, self.rope_theta = (
             config.head_dim,
             config.rotary_dim,
             config.rope_theta,
         )
-        self.sizes = (*(self.num_heads * self.head_dim,) * 2, *(self.num_kv_heads * self.head_dim,) * 2)
-        self.in_proj = Linear(config.hidden_size, sum(self.sizes), axis, bias=config.attention_bias)
+        self.sizes = self.exchange.sizes
+        columns = 2 * (heads + kv_heads) * self.head_dim
+        self.in_proj = Linear(config.hidden_size, columns, axis, bias=config.attention_bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.out_proj = RowParallelLinear(self.sizes[0], config.hidden_size, axis, bias=config.attention_bias)
+        self.out_proj = RowParallelLinear(
+            heads * self.head_dim, config.hidden_size, axis, bias=config.attention_bias
+        )
         self.compiled = NOT_ASKED
 
     def choose_kernels(self, options: KernelOptions) -> Answers:
@@ -67,11 +73,12 @@ class GatedAttention(nnx.Module):
         self.compiled = next((a for a in answers.values() if not a.usable), answers["paged_decode"])
         return dict.fromkeys(answers, self.compiled)
 
-    def __call__(self, x: Float[Array, "T D"], batch: Batch, cache: KVCache) -> tuple[PartialSum, KVCache]:
-        T, projected = x.shape[0], self.in_proj(x)
+    def __call__(self, x: Float[Array, "R D"], batch: Batch, cache: KVCache) -> tuple[PartialSum, KVCache]:
+        projected = self.exchange.to_heads(self.in_proj(x), batch)
         if batch.is_decode and self.compiled.usable:
             out, cache = self._decode(projected, batch, cache)
-            return self.out_proj(out), cache
+            return self.out_proj(self.exchange.to_rows(out, batch)), cache
+        T = projected.shape[0]
         q, gate, k, v = split_sizes(projected, self.sizes)
         q = self.q_norm(q.reshape(T, self.num_heads, self.head_dim))
         k = self.k_norm(k.reshape(T, self.num_kv_heads, self.head_dim))
@@ -80,7 +87,7 @@ class GatedAttention(nnx.Module):
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         cache = KVCache(*write_kv(k, v, cache.k, cache.v, batch.kv_slots))
         out = self._attend(q, batch, cache)
-        return self.out_proj(out.reshape(T, -1) * sigmoid(gate)), cache
+        return self.out_proj(self.exchange.to_rows(out.reshape(T, -1) * sigmoid(gate), batch)), cache
 
     def _decode(self, projected: jax.Array, batch: Batch, cache: KVCache) -> tuple[jax.Array, KVCache]:
         q, *written = norm_rope(
@@ -123,8 +130,3 @@ class GatedAttention(nnx.Module):
             scale=scale,
         )
         return batch.spans.join(out)
-
-
-def split_sizes(x: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
-    """x [..., sum(sizes)] -> one array for each size."""
-    return jnp.split(x, list(itertools.accumulate(sizes[:-1])), axis=-1)

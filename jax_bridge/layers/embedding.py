@@ -25,7 +25,7 @@ class VocabParallelEmbedding(nnx.Module):
     def __init__(self, vocab_size: int, hidden_size: int, axis: ReduceAxis) -> None:
         _, self.rows = vocab_share(vocab_size, 0, axis.size)
         self.axis = axis
-        self.weight = parameter(self.rows, hidden_size, split=0, axis=axis)
+        self.weight = parameter(self.rows, hidden_size, split={0: axis})
 
     def __call__(self, token_ids: Int32[Array, " T"]) -> Float[Array, "T D"]:
         local = token_ids - self.axis.rank() * self.rows
@@ -43,7 +43,7 @@ class ParallelHead(nnx.Module):
     ) -> None:
         _, rows = vocab_share(vocab_size, 0, axis.size)
         self.vocab_size, self.axis = vocab_size, axis
-        self.weight = parameter(rows, hidden_size, split=0, axis=axis) if tied is None else tied.weight
+        self.weight = parameter(rows, hidden_size, split={0: axis}) if tied is None else tied.weight
 
     def __call__(self, hidden: Float[Array, "T D"]) -> Float[Array, "T V"]:
         local = linear(hidden, self.weight[...])

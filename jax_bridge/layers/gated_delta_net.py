@@ -1,6 +1,7 @@
 """Gated DeltaNet: short causal convolution, gated delta rule, gated norm; the state of a sequence has fixed size.
 
-Shapes: T rows, D hidden, H local key heads, HV local value heads, dk, dv head dims, X = 2 H dk + HV dv channels.
+Shapes: R rows of this rank, T of its pass (see `head_exchange`), D hidden, H local key heads, HV local value heads,
+dk, dv head dims, X = 2 H dk + HV dv channels.
 """
 # jaxtyping's shape strings are not Python.
 # ruff: noqa: F722
@@ -16,12 +17,13 @@ from jaxtyping import Array, Float
 
 from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.gdn_decode import check_gdn_decode
+from jax_bridge.axes import MeshAxis
 from jax_bridge.batch import Batch, Spans
 from jax_bridge.cache import StateCache
 from jax_bridge.kernels.causal_conv import causal_conv
 from jax_bridge.kernels.gated_delta_rule import chunk_gated_delta_rule, gated_delta_gates
 from jax_bridge.kernels.gdn_decode import gdn_decode, gdn_decode_plain
-from jax_bridge.layers.attention import split_sizes
+from jax_bridge.layers.head_exchange import HeadExchange, split_sizes
 from jax_bridge.layers.linear import Linear, RowParallelLinear
 from jax_bridge.layers.norm import GatedRMSNorm
 from jax_bridge.layers.parameter import parameter
@@ -35,25 +37,29 @@ MAX_CHUNK = 64  # tokens that the gated delta rule solves at once
 class CausalConv(nnx.Module):
     """The taps [X, K] of the depthwise convolution."""
 
-    def __init__(self, channels: int, taps: int, axis: ReduceAxis) -> None:
-        self.weight = parameter(channels, taps, split=0, axis=axis)
+    def __init__(self, channels: int, taps: int, axis: MeshAxis) -> None:
+        self.weight = parameter(channels, taps, split={0: axis})
 
 
 class GatedDeltaNet(nnx.Module):
-    """x [T, D] -> this rank's part of the mixer's output [T, D], and the cache with the new states."""
+    """x [R, D] -> this rank's part of the mixer's output [R, D], and the cache with the new states."""
 
-    def __init__(self, config: Qwen3NextConfig, axis: ReduceAxis) -> None:
-        self.num_k_heads = div_even(config.linear_num_key_heads, axis.size, "linear_num_key_heads")
-        self.num_v_heads = div_even(config.linear_num_value_heads, axis.size, "linear_num_value_heads")
+    def __init__(self, config: Qwen3NextConfig, axis: ReduceAxis, context: MeshAxis) -> None:
+        k_heads = div_even(config.linear_num_key_heads, axis.size, "linear_num_key_heads")
+        v_heads = div_even(config.linear_num_value_heads, axis.size, "linear_num_value_heads")
         self.k_dim, self.v_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        parts = [(k_heads, self.k_dim)] * 2 + [(v_heads, self.v_dim)] * 2 + [(v_heads, 1)] * 2
+        self.exchange = HeadExchange(context, parts)
+        self.num_k_heads, _, self.num_v_heads, *_ = self.exchange.heads
         key, value = self.num_k_heads * self.k_dim, self.num_v_heads * self.v_dim
         self.sizes = (2 * key + value, value, self.num_v_heads, self.num_v_heads)
-        self.in_proj = Linear(config.hidden_size, sum(self.sizes), axis)
-        self.conv = CausalConv(self.sizes[0], config.linear_conv_kernel_dim, axis)
-        self.A_log = parameter(self.num_v_heads, split=0, axis=axis)
-        self.dt_bias = parameter(self.num_v_heads, split=0, axis=axis)
+        self.in_proj = Linear(config.hidden_size, sum(heads * width for heads, width in parts), axis)
+        own_heads = axis.times(context)
+        self.conv = CausalConv(self.sizes[0], config.linear_conv_kernel_dim, own_heads)
+        self.A_log = parameter(self.num_v_heads, split={0: own_heads})
+        self.dt_bias = parameter(self.num_v_heads, split={0: own_heads})
         self.norm = GatedRMSNorm(self.v_dim, config.rms_norm_eps)
-        self.out_proj = RowParallelLinear(value, config.hidden_size, axis)
+        self.out_proj = RowParallelLinear(v_heads * self.v_dim, config.hidden_size, axis)
         self.compiled = NOT_ASKED
 
     def choose_kernels(self, options: KernelOptions) -> Answers:
@@ -69,17 +75,17 @@ class GatedDeltaNet(nnx.Module):
         return {"gdn_decode": self.compiled}
 
     def __call__(
-        self, x: Float[Array, "T D"], batch: Batch, cache: StateCache
+        self, x: Float[Array, "R D"], batch: Batch, cache: StateCache
     ) -> tuple[PartialSum, StateCache]:
-        projected = self.in_proj(x)
+        projected = self.exchange.to_heads(self.in_proj(x), batch)
         if batch.spans is None:
             out, cache = self._decode(projected, batch, cache)
-            return self.out_proj(out), cache
+            return self.out_proj(self.exchange.to_rows(out, batch)), cache
         qkv, z, b, a = split_sizes(projected, self.sizes)
         g, beta = gated_delta_gates(a, b, self.A_log[...], self.dt_bias[...])
         out, cache = self._prefill(qkv, g, beta, batch, batch.spans, cache)
-        normed = self.norm(out, z.reshape(out.shape))
-        return self.out_proj(normed.reshape(x.shape[0], -1)), cache
+        normed = self.norm(out, z.reshape(out.shape)).reshape(out.shape[0], -1)
+        return self.out_proj(self.exchange.to_rows(normed, batch)), cache
 
     def _heads(self, qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         key, lead = self.num_k_heads * self.k_dim, qkv.shape[:-1]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jax_bridge.axes import MeshAxis
 from jax_bridge.layers.parameter import parameter
 from jax_bridge.partial_sum import PartialSum, ReduceAxis
 
@@ -19,9 +20,10 @@ from jax_bridge.partial_sum import PartialSum, ReduceAxis
 class Linear(nnx.Module):
     """x [T, I] -> x @ weight.T + bias, [T, O]; the outputs are split over `axis`, or, without one, on every rank."""
 
-    def __init__(self, inputs: int, outputs: int, axis: ReduceAxis | None = None, bias: bool = False) -> None:
-        self.weight = parameter(outputs, inputs, split=0, axis=axis)
-        self.bias = parameter(outputs, split=0, axis=axis) if bias else None
+    def __init__(self, inputs: int, outputs: int, axis: MeshAxis | None = None, bias: bool = False) -> None:
+        split = None if axis is None else {0: axis}
+        self.weight = parameter(outputs, inputs, split=split)
+        self.bias = parameter(outputs, split=split) if bias else None
 
     def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
         out = linear(x, self.weight[...])
@@ -35,7 +37,7 @@ class RowParallelLinear(nnx.Module):
     """
 
     def __init__(self, inputs: int, outputs: int, axis: ReduceAxis, bias: bool = False) -> None:
-        self.weight = parameter(outputs, inputs, split=1, axis=axis)
+        self.weight = parameter(outputs, inputs, split={1: axis})
         self.bias = parameter(outputs) if bias else None
         self.axis = axis
 

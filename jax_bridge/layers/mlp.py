@@ -1,6 +1,6 @@
 """The feed-forward half of a layer: a dense SwiGLU MLP, or a mixture of experts with a gated shared expert.
 
-Shapes: T tokens, D hidden, I local intermediate, N experts, K experts per token.
+Shapes: T tokens, D hidden, I local intermediate, N local experts, K experts per token.
 """
 # jaxtyping's shape strings are not Python.
 # ruff: noqa: F722
@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
+from core_torch.kernels import native
 from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.moe_decode import MAX_TOKENS, check_moe_decode
+from jax_bridge.axes import MeshAxis
 from jax_bridge.kernels.activation import sigmoid
 from jax_bridge.kernels.moe import route, routed_experts, swiglu
 from jax_bridge.kernels.moe_decode import route_decode, routed_experts_decode
@@ -41,14 +43,19 @@ class MLP(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The routed experts' weights: gate_up_proj [N, 2I, D], down_proj [N, D, I]."""
+    """The routed experts' weights: gate_up_proj [N, 2I, D], down_proj [N, D, I].
 
-    def __init__(self, config: Qwen3NextConfig, axis: ReduceAxis) -> None:
-        N, D = config.num_experts, config.hidden_size
-        local = div_even(config.moe_intermediate_size, axis.size, "moe_intermediate_size")
-        self.gate_up_proj = parameter(N, 2 * local, D, split=1, axis=axis)
-        self.down_proj = parameter(N, D, local, split=2, axis=axis)
-        self.axis = axis
+    The ranks of `blocks`, which is part of `axis`, hold blocks of experts, the others along `axis` shares of each. A
+    rank computes its own experts for all rows; the axis' sum has the others'.
+    """
+
+    def __init__(self, config: Qwen3NextConfig, axis: ReduceAxis, blocks: MeshAxis) -> None:
+        N, D = div_even(config.num_experts, blocks.size, "num_experts"), config.hidden_size
+        within = axis.without(blocks)
+        local = div_even(config.moe_intermediate_size, within.size, "moe_intermediate_size")
+        self.gate_up_proj = parameter(N, 2 * local, D, split={0: blocks, 1: within})
+        self.down_proj = parameter(N, D, local, split={0: blocks, 2: within})
+        self.num_experts, self.axis, self.blocks = N, axis, blocks
 
     def __call__(
         self,
@@ -60,19 +67,26 @@ class Experts(nnx.Module):
         """With `tiles` (of `route_decode`) in compiled kernels. An id below 0 stands for no expert."""
         own = self.gate_up_proj[...], self.down_proj[...]
         if tiles is None:
-            part = routed_experts(x, weights, experts, *own)
+            part = routed_experts(x, weights, self._own(experts), *own)
         else:
             part = routed_experts_decode(x, weights, experts, *own, tiles=tiles)
         return PartialSum(part, self.axis)
+
+    def _own(self, experts: jax.Array) -> jax.Array:
+        """Ids among this rank's experts; -1 for others'."""
+        if self.blocks.size == 1:
+            return experts
+        local = experts - self.blocks.rank() * self.num_experts
+        return jnp.where((local >= 0) & (local < self.num_experts), local, jnp.int32(-1))
 
 
 class SparseMoE(nnx.Module):
     """x [T, D] -> routed experts + sigmoid(gate) * shared expert, as one partial sum."""
 
-    def __init__(self, config: Qwen3NextConfig, axis: ReduceAxis) -> None:
+    def __init__(self, config: Qwen3NextConfig, axis: ReduceAxis, blocks: MeshAxis) -> None:
         self.top_k, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
         self.gate = Linear(config.hidden_size, config.num_experts)
-        self.experts = Experts(config, axis)
+        self.experts = Experts(config, axis, blocks)
         self.shared_expert = MLP(
             config, config.shared_expert_intermediate_size, axis, "shared_expert_intermediate_size"
         )
@@ -80,6 +94,11 @@ class SparseMoE(nnx.Module):
         self.compiled = NOT_ASKED
 
     def choose_kernels(self, options: KernelOptions) -> Answers:
+        if self.experts.blocks.size > 1:
+            self.compiled = native.Answer(
+                False, "moe_decode takes all experts, not one block of them (ep_size > 1)"
+            )
+            return {"moe_decode": self.compiled}
         N, D, local = self.experts.down_proj.shape
         self.compiled = options.ask(
             "moe_decode",
