@@ -10,7 +10,8 @@ from torch import Tensor
 
 from core_torch.kernels import native
 
-MAX_ROWS = 32  # csrc/few_rows.cuh; above, cuBLAS is as fast
+MAX_ROWS = 32  # csrc/few_rows.cuh
+MANY_OUTPUTS, MAX_ROWS_OF_MANY = 1024, 16  # above which cuBLAS is as fast (bench/results/LOG.md)
 
 
 def check_few_rows(*, inputs: int, bias: bool, dtype: torch.dtype, device: torch.device) -> native.Answer:
@@ -22,6 +23,11 @@ def check_few_rows(*, inputs: int, bias: bool, dtype: torch.dtype, device: torch
         (inputs % 8 == 0, f"few_rows takes a multiple of 8 inputs, not {inputs}"),
         (not bias, "few_rows adds no bias"),
     )
+
+
+def is_worth_it(num_tokens: int, outputs: int) -> bool:
+    """Whether `few_rows` beats cuBLAS."""
+    return num_tokens <= (MAX_ROWS_OF_MANY if outputs > MANY_OUTPUTS else MAX_ROWS)
 
 
 def few_rows(x: Tensor, weight: Tensor, *, launch_with_pdl: bool = True) -> Tensor:

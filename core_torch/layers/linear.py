@@ -11,7 +11,7 @@ from torch import nn
 
 from core_torch.kernels.allreduce import ReduceGroup
 from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
-from core_torch.kernels.few_rows import MAX_ROWS, check_few_rows, few_rows
+from core_torch.kernels.few_rows import check_few_rows, few_rows, is_worth_it
 from core_torch.partial_sum import PartialSum
 
 
@@ -31,7 +31,7 @@ class Product(nn.Module):
         return {"few_rows": self.compiled}
 
     def multiply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if self.compiled.usable and x.shape[0] <= MAX_ROWS:
+        if self.compiled.usable and is_worth_it(x.shape[0], weight.shape[0]):
             return few_rows(x, weight)
         return F.linear(x, weight, bias)
 
