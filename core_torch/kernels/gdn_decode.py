@@ -68,8 +68,9 @@ def gdn_decode(
     """`gdn_decode_plain` in one kernel that reads and writes each state once; capturable.
 
     Rows of slot 0 (or less) read nothing and leave nothing; their result is that of an empty state. `units_per_block`
-    (1, 2, 4 or, for the fastest, None), `launch_with_pdl` (the kernel may start while the one before it ends) and `ahead` (up to two contiguous
-    tensors, weights that later kernels read, fetched into the L2 cache meanwhile) change the time alone.
+    (1, 2, 4 or, for the fastest, None), `launch_with_pdl` (the kernel may start while the one before it ends) and
+    `ahead` (up to two contiguous tensors, weights that later kernels read, fetched into the L2 cache meanwhile) change
+    the time alone.
     """
     B = projected.shape[0]
     out = projected.new_empty(B, state.shape[1] * state.shape[3])
