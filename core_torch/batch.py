@@ -8,11 +8,15 @@ sequence owns; in prefill they are one more chunk at the end.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from core_torch.decode_rows import TABLE, DecodeRows
+from core_torch.kernels.flash_prefill import Ragged, flat_slots, lay_out
+from core_torch.kernels.gdn_prefill import Chunks, cut_into_chunks
 from shared_config.layout import RankPlace
 from shared_config.placement import ELSEWHERE, Placement
 from shared_config.scheduler import Chunk, Step
@@ -40,6 +44,8 @@ class Batch:
     # [L] int64, of this rank's rows; ELSEWHERE for a row that another rank holds; None: all of this rank's, in order
     logit_rows: torch.Tensor | None
     spans: tuple[Span, ...]  # prefill chunks; empty for decode
+    chunks: Chunks | None = None  # of prefill, for Gated DeltaNet's kernels
+    ragged: Ragged | None = None  # of prefill, for the attention's
 
     @property
     def is_decode(self) -> bool:
@@ -55,39 +61,39 @@ def build_prefill(
     device: torch.device,
 ) -> Batch:
     """Tensors for a prefill step on the rank at `place`; `wanted` rows get logits (see `Placement.local_rows`)."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    kv_slots: list[int] = []
-    spans: list[Span] = []
     chunks = placement.part(place.dp).chunks
-    tables = [chunk.sequence.pages for chunk in chunks]
+    pieces: list[tuple[Span, Sequence[int], Sequence[int]]] = []  # and its tokens and pages
+    first = 0
     for chunk in chunks:
-        sequence, end = chunk.sequence, chunk.start + chunk.num_tokens
-        spans.append(Span(len(token_ids), chunk.num_tokens, chunk.start, sequence.slot))
-        token_ids += sequence.prompt[chunk.start : end]
-        positions += range(chunk.start, end)
-        kv_slots += [_kv_slot(chunk, p, page_size) for p in range(chunk.start, end)]
-    if padding := placement.pass_rows - len(token_ids):
-        spans.append(Span(len(token_ids), padding, 0, 0))
-        tables.append([0] * -(-padding // page_size))
-        token_ids += [0] * padding
-        positions += range(padding)
-        kv_slots += [p % page_size for p in range(padding)]
+        prompt, pages = chunk.sequence.prompt, chunk.sequence.pages
+        span = Span(first, chunk.num_tokens, chunk.start, chunk.sequence.slot)
+        pieces.append((span, prompt[chunk.start : chunk.start + chunk.num_tokens], pages))
+        first += chunk.num_tokens
+    if padding := placement.pass_rows - first:
+        pieces.append((Span(first, padding, 0, 0), [0] * padding, [0] * -(-padding // page_size)))
+    spans, tokens, tables = zip(*pieces, strict=True)
     width = max(map(len, tables))
+    ends = [span.start + span.num_tokens for span in spans]
+    slots = [
+        flat_slots(table, span.start, end, page_size)
+        for span, table, end in zip(spans, tables, ends, strict=True)
+    ]
 
-    def tensor(values: list[int] | list[list[int]]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+    def tensor(values: object) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device)
 
     held = placement.held(place.cp)
     return Batch(
-        token_ids=tensor(token_ids[held.start : held.stop]),
-        positions=tensor(positions),
-        kv_slots=tensor(kv_slots),
-        page_tables=tensor([table + [0] * (width - len(table)) for table in tables]),
-        lengths=tensor([span.start + span.num_tokens for span in spans]),
+        token_ids=tensor(np.concatenate(tokens)[held.start : held.stop]),
+        positions=tensor(np.concatenate([np.arange(s.start, e) for s, e in zip(spans, ends, strict=True)])),
+        kv_slots=tensor(np.concatenate(slots)),
+        page_tables=tensor([[*table, *[0] * (width - len(table))] for table in tables]),
+        lengths=tensor(ends),
         state_slots=tensor([span.slot for span in spans]),
         logit_rows=tensor(placement.local_rows(wanted, place)),
-        spans=tuple(spans),
+        spans=spans,
+        chunks=cut_into_chunks(spans, device),
+        ragged=lay_out([span.num_tokens for span in spans], tables, ends, page_size, device),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import pytest
 import torch
 
 from core_torch import LLM, SamplingParams
+from core_torch.batch import Span
 from core_torch.kernels import attention as plain_attention
 from core_torch.kernels import moe
 from core_torch.kernels.choice import KernelOptions, describe
+from core_torch.kernels.flash_prefill import Ragged
 from core_torch.kernels.gdn_decode import gdn_decode_plain
+from core_torch.kernels.gdn_prefill import Chunks, gdn_prefill_plain
 from core_torch.kernels.moe_decode import Routing
 from core_torch.kernels.native import Answer
 from core_torch.kernels.norm_rope import norm_rope_plain
@@ -23,12 +27,39 @@ from tests import reference
 TINY = Path(__file__).parent / "data/tiny-qwen3-next"
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, return_logits=True)
 PROMPTS = [[5, 6, 7, 8, 9], [3] * 21, [1, 2]]
+NAMES = (
+    "few_rows", "flash_prefill", "gdn_decode", "gdn_prefill", "moe_decode", "moe_prefill", "norm_rope", "paged_decode"
+)  # fmt: skip
 FEW = 8  # tokens that count as few here, so that the prefill of these prompts are many
 
 
 def paged(q: Any, k: Any, v: Any, tables: Any, lengths: Any, *, scale: float, gate: Any) -> torch.Tensor:
     out = plain_attention.decode_attention(q, k, v, tables, lengths, scale=scale)
     return out * gate.sigmoid().view(out.shape)
+
+
+def flash(q: Any, k: Any, v: Any, ragged: Ragged, *, scale: float) -> torch.Tensor:
+    """Each sequence on pages of one token, which are in the order that `ragged` says."""
+    pages = [cache.flatten(0, 1)[:, None] for cache in (k, v)]
+    outs, queries, keys = [], ragged.query_ends.tolist(), ragged.key_ends.tolist()
+    for (first, end), (from_key, to_key) in zip(pairwise(queries), pairwise(keys), strict=True):
+        start = to_key - from_key - (end - first)
+        table = ragged.key_rows[from_key:to_key]
+        outs.append(plain_attention.prefill_attention(q[first:end], *pages, table, start=start, scale=scale))
+    assert ragged.longest_query == max(b - a for a, b in pairwise(queries))
+    assert ragged.longest_key == max(b - a for a, b in pairwise(keys))
+    return torch.cat(outs)
+
+
+def gdn_of_chunks(projected: Any, conv: Any, state: Any, chunks: Chunks, **weights: Any) -> torch.Tensor:
+    """The sequences that the table of chunks names."""
+    pieces, found = [], []
+    for first, rows, slot, goes_on, first_chunk in chunks.sequences.tolist():
+        pieces.append(Span(first, rows, goes_on, slot))
+        assert first_chunk == len(found)
+        found += [[len(pieces) - 1, at] for at in range(0, rows, 64)]
+    assert chunks.chunks.tolist() == found
+    return gdn_prefill_plain(projected, conv, state, pieces, **weights)
 
 
 def route(logits: torch.Tensor, *, num_experts: int, top_k: int, normalize: bool) -> Routing:
@@ -62,7 +93,9 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     functions = {
         (linear, "few_rows"): torch.nn.functional.linear,
         (gated_delta_net, "gdn_decode"): gdn_decode_plain,
+        (gated_delta_net, "gdn_prefill"): gdn_of_chunks,
         (attention, "norm_rope"): norm_rope_plain,
+        (attention, "flash_prefill"): flash,
         (attention, "paged_decode_attention"): paged,
         (mlp, "route_decode"): route,
         (mlp, "routed_experts_decode"): experts,
@@ -108,11 +141,10 @@ def test_steps_run_in_kernels_and_give_the_plain_results(
     assert not stand_ins
     assert all(a.reason == "kernels='plain' was asked for" for a in answers.values())
     answers, got = generate(folder, dtype="float32")
-    names = ("few_rows", "gdn_decode", "moe_decode", "moe_prefill", "norm_rope", "paged_decode")
-    assert answers == dict.fromkeys(names, Answer(True))
+    assert answers == dict.fromkeys(NAMES, Answer(True))
     assert set(stand_ins) == {
         "few_rows", "gdn_decode", "norm_rope", "paged_decode_attention", "route_decode", "routed_experts_decode",
-        "route_prefill", "routed_experts_prefill"
+        "flash_prefill", "gdn_prefill", "route_prefill", "routed_experts_prefill"
     }  # fmt: skip
     for mine, want in zip(got, plain, strict=True):
         assert mine.token_ids == want.token_ids
@@ -143,8 +175,7 @@ def test_the_shared_expert_lies_behind_the_routed_ones(tmp_path: Path) -> None:
 def test_without_a_gpu_the_reason_is_told() -> None:
     with LLM(TINY, 2, max_model_len=64) as llm:  # through the worker's answer
         assert describe(llm.kernels) == (
-            "plain: few_rows, gdn_decode, moe_decode, moe_prefill, norm_rope, paged_decode "
-            "(compiled kernels need a CUDA GPU, and this is cpu)"
+            f"plain: {', '.join(NAMES)} (compiled kernels need a CUDA GPU, and this is cpu)"
         )
     assert describe({"a": Answer(True), "b": Answer(False, "no")}) == "compiled: a; plain: b (no)"
     with pytest.raises(ValueError, match="kernels must be one of auto, plain"):

@@ -14,8 +14,19 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
-from core_torch.kernels import moe
+from core_torch.batch import Span
+from core_torch.kernels import attention, causal_conv, gated_delta_rule, moe, norm
+from core_torch.kernels.flash_prefill import check_flash_prefill, flash_prefill, flat_slots, lay_out
+from core_torch.kernels.gdn_prefill import (
+    Chunks,
+    check_gdn_prefill,
+    cut_into_chunks,
+    gdn_prefill,
+    gdn_prefill_plain,
+)
 from core_torch.kernels.moe_prefill import (
     Tile,
     Tiles,
@@ -200,6 +211,193 @@ def test_of_equal_logits_the_lower_expert_comes_first() -> None:
     assert chosen.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [50, 51, 52, 53]]
 
 
+class Gdn:
+    """Inputs of one layer: sequences of `lengths` rows in shuffled slots, those in `going_on` with a past."""
+
+    def __init__(
+        self, lengths: tuple[int, ...], H: int, HV: int, dim: int, going_on: tuple[int, ...] = ()
+    ) -> None:
+        self.H, self.HV, self.dim = H, HV, dim
+        self.channels = (2 * H + HV) * dim
+        slots = (torch.randperm(len(lengths) + 1) + 1).tolist()
+        firsts = [sum(lengths[:i]) for i in range(len(lengths))]
+        self.pieces = [
+            Span(first, length, 5 if i in going_on else 0, slot)
+            for i, (first, length, slot) in enumerate(zip(firsts, lengths, slots, strict=False))
+        ]
+        self.projected = randn(sum(lengths), self.channels + HV * dim + 2 * HV)
+        self.conv = randn(len(lengths) + 2, self.channels, 3)
+        self.state = randn(len(lengths) + 2, HV, dim, dim, dtype=torch.float32)
+        self.weights = {
+            "conv_weight": randn(self.channels, 4) / 2,
+            "a_log": torch.rand(HV, device=DEVICE) * 2,
+            "dt_bias": randn(HV, dtype=torch.float32),
+            "norm_weight": randn(dim),
+        }
+
+    @property
+    def chunks(self) -> Chunks:
+        return cut_into_chunks(self.pieces, torch.device(DEVICE))
+
+    def run(self, **options: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(out, conv, state) on copies."""
+        conv, state = self.conv.clone(), self.state.clone()
+        out = gdn_prefill(self.projected, conv, state, self.chunks, **self.weights, eps=EPS, **options)
+        return out, conv, state
+
+    def plain(self) -> tuple[Tensor, Tensor, Tensor]:
+        conv, state = self.conv.clone(), self.state.clone()
+        return (
+            gdn_prefill_plain(self.projected, conv, state, self.pieces, **self.weights, eps=EPS),
+            conv,
+            state,
+        )
+
+    def reference(self) -> tuple[Tensor, Tensor]:
+        """float64 (out, state), token by token."""
+        w = {name: value.cpu() for name, value in self.weights.items()}
+        key, value = self.H * self.dim, self.HV * self.dim
+        outs, state, projected = [], self.state.double().cpu(), self.projected.cpu()
+        for piece in self.pieces:
+            rows = projected[piece.first : piece.first + piece.num_tokens].double()
+            qkv, z, b, a = rows.split([self.channels, value, self.HV, self.HV], dim=-1)
+            past = self.conv[piece.slot].cpu() * (piece.start > 0)
+            mixed, _ = causal_conv.causal_conv_reference(qkv, past, w["conv_weight"])
+            q, k, v = (x.unflatten(-1, (-1, self.dim)) for x in mixed.split([key, key, value], dim=-1))
+            g = -w["a_log"].double().exp() * torch.nn.functional.softplus(a + w["dt_bias"].double())
+            out, state[piece.slot] = gated_delta_rule.gated_delta_rule_reference(
+                q, k, v, g, b.sigmoid(), state[piece.slot] * (piece.start > 0)
+            )
+            z = z.unflatten(-1, (-1, self.dim))
+            outs.append(norm.gated_rms_norm_reference(out, z, w["norm_weight"], eps=EPS).flatten(1))
+        return torch.cat(outs).to(DEVICE), state.to(DEVICE)
+
+
+EPS = 1e-6
+GDN_SHAPES = [(2, 4, 32)] if INTERPRETED else [(2, 4, 32), (8, 16, 128), (1, 3, 64)]
+GDN_LENGTHS = [(1,), (3, 67), (63, 64, 2, 130)]
+# Products of bfloat16 with sums in float32, where the plain path multiplies in float32: distance from float64.
+GDN_LIMIT = 1e-2
+
+
+@pytest.mark.parametrize(("H", "HV", "dim"), GDN_SHAPES)
+@pytest.mark.parametrize("lengths", GDN_LENGTHS)
+def test_gdn_prefill(lengths: tuple[int, ...], H: int, HV: int, dim: int) -> None:
+    assert (
+        INTERPRETED
+        or check_gdn_prefill(
+            num_k_heads=H,
+            num_v_heads=HV,
+            k_dim=dim,
+            v_dim=dim,
+            taps=4,
+            dtype=torch.bfloat16,
+            device=torch.device("cuda"),
+        ).usable
+    )
+    for going_on in ((), (0, 2)):
+        case = Gdn(lengths, H, HV, dim, going_on)
+        want, want_state = case.reference()
+        out, conv, state = case.run()
+        assert distance(out, want) < GDN_LIMIT
+        assert distance(state, want_state) < GDN_LIMIT
+        assert torch.equal(conv, case.plain()[1])
+        others = torch.ones(len(state), dtype=torch.bool, device=DEVICE)
+        others[[piece.slot for piece in case.pieces]] = False
+        assert torch.equal(state[others], case.state[others])
+
+
+def test_gdn_prefill_in_two_passes_is_the_same_sequence() -> None:
+    H, HV, dim = GDN_SHAPES[-1]
+    case = Gdn((192,), H, HV, dim)
+    whole, conv, state = case.run()
+    first, second = Span(0, 128, 0, case.pieces[0].slot), Span(0, 64, 128, case.pieces[0].slot)
+    projected, outs = case.projected, []
+    for rows, piece in ((slice(128), first), (slice(128, None), second)):
+        case.projected, case.pieces = projected[rows], [piece]
+        out, case.conv, case.state = case.run()
+        outs.append(out)
+    assert torch.equal(torch.cat(outs), whole)  # cut between chunks
+    assert torch.equal(case.conv, conv)
+    assert torch.equal(case.state, state)
+
+
+def test_gdn_prefill_bits_do_not_depend_on_the_other_sequences_or_the_launch() -> None:
+    H, HV, dim = GDN_SHAPES[0] if INTERPRETED else (8, 16, 128)
+    case = Gdn((67, 130, 1), H, HV, dim, (1,))
+    out, conv, state = case.run()
+    for got, want in zip(case.run(state_columns=16, state_stages=3), (out, conv, state), strict=True):
+        assert torch.equal(got, want)
+    piece = case.pieces[1]
+    rows = slice(piece.first, piece.first + piece.num_tokens)
+    case.projected, case.pieces = case.projected[rows], [Span(0, piece.num_tokens, piece.start, piece.slot)]
+    alone, _, one_state = case.run()
+    assert torch.equal(alone, out[rows])
+    assert torch.equal(one_state[piece.slot], state[piece.slot])
+
+
+def test_repeated_keys_with_full_strength_do_not_lose_the_solution() -> None:
+    """The worst case of the triangular system: one key, no decay, beta near 1, so that powers of A grow."""
+    H, HV, dim = GDN_SHAPES[0]
+    case = Gdn((130,), H, HV, dim)
+    case.projected[:] = case.projected[:1].clone()
+    case.projected[:, -2 * HV : -HV] = 8.0  # b
+    case.projected[:, -HV:] = -8.0  # a
+    want, want_state = case.reference()
+    out, _, state = case.run()
+    assert distance(out, want) < 2 * GDN_LIMIT
+    assert distance(state, want_state) < 2 * GDN_LIMIT
+
+
+class Paged:
+    """Sequences in shuffled pages whose last `counts` positions are this pass's; unused places are NaN."""
+
+    def __init__(
+        self, lengths: tuple[int, ...], counts: tuple[int, ...], H: int, G: int, d: int, page: int = 16
+    ) -> None:
+        need = [-(-length // page) for length in lengths]
+        pages = (torch.randperm(sum(need)) + 1).tolist()
+        tables = [pages[sum(need[:i]) : sum(need[: i + 1])] for i in range(len(need))]
+        self.q, self.scale, self.counts = randn(sum(counts), H, d), d**-0.5, counts
+        self.k, self.v = torch.full((2, sum(need) + 1, page, G, d), float("nan"), device=DEVICE).bfloat16()
+        self.sequences = []
+        for table, length in zip(tables, lengths, strict=True):
+            k, v = randn(length, G, d), randn(length, G, d)
+            slots = torch.from_numpy(flat_slots(table, 0, length, page)).to(DEVICE)
+            attention.write_kv(k, v, self.k, self.v, slots)
+            self.sequences.append((k, v, torch.tensor(table, device=DEVICE)))
+        self.ragged = lay_out(counts, tables, lengths, page, torch.device(DEVICE))
+
+    def run(self) -> Tensor:
+        return flash_prefill(self.q, self.k, self.v, self.ragged, scale=self.scale)
+
+    def plain(self) -> Tensor:
+        outs = [
+            attention.prefill_attention(q, self.k, self.v, table, start=len(k) - len(q), scale=self.scale)
+            for q, (k, _, table) in zip(self.q.split(self.counts), self.sequences, strict=True)
+        ]
+        return torch.cat(outs)
+
+    def reference(self) -> Tensor:
+        outs = [
+            attention.attention_reference(q.cpu(), k.cpu(), v.cpu(), scale=self.scale)
+            for q, (k, v, _) in zip(self.q.split(self.counts), self.sequences, strict=True)
+        ]
+        return torch.cat(outs).to(DEVICE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("H", "G", "d"), [(8, 1, 256), (2, 1, 64), (6, 2, 72)])
+@pytest.mark.parametrize("page", [16, 7])
+def test_flash_prefill(H: int, G: int, d: int, page: int) -> None:
+    assert check_flash_prefill(
+        num_heads=H, num_kv_heads=G, head_dim=d, dtype=torch.bfloat16, device=torch.device("cuda")
+    ).usable
+    for lengths, counts in (((1,), (1,)), ((67, 3, 130), (67, 3, 130)), ((300, 67, 63), (3, 67, 1))):
+        case = Paged(lengths, counts, H, G, d, page)
+        assert_as_close(case.run(), case.plain(), case.reference(), slack=1.2)
+
+
 REPLAYS = 7
 COPY_BYTES = 1 << 30
 
@@ -307,7 +505,57 @@ def all_moe() -> Iterator[Row]:
     return itertools.chain.from_iterable(time_moe(experts, T) for T in (8192, 2048, 512))
 
 
-TIMED: dict[str, Callable[[], Iterator[Row]]] = {"moe": all_moe}
+def all_gdn() -> Iterator[Row]:
+    """Whole passes; a chain of kernels cannot be timed one by one from outside, a profiler can."""
+    for lengths in ((8192,), (1024,) * 8, (2048,)):
+        case, T = Gdn(lengths, 8, 16, 128), sum(lengths)
+        chunks = case.chunks
+        moved = 2.0 * T * (2 * case.channels + 6 * 2048) + 2.0 * len(chunks.chunks) * 16 * 128 * 128 * 2
+        flop = T * 16 * 2.0 * (64 * 128 * 4 + 128 * 128 * 4)
+        label = f"{len(lengths)} sequences"
+        inputs = (case.projected, case.conv, case.state)
+        for columns, warps, stages in ((32, 4, 2), (32, 4, 3), (16, 4, 3), (64, 4, 2), (32, 2, 2)):
+            options = {"state_columns": columns, "state_warps": warps, "state_stages": stages}
+            us = median_us([partial(gdn_prefill, *inputs, chunks, **case.weights, eps=EPS, **options)] * 3)
+            yield f"gdn_prefill {columns} w{warps} s{stages}, {label}", T, us, moved, flop
+        yield from gdn_kernels(partial(gdn_prefill, *inputs, chunks, **case.weights, eps=EPS), T)
+
+
+def gdn_kernels(call: Callable[[], object], T: int) -> Iterator[Row]:
+    """Each kernel of `call`, by torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    for event in profile.key_averages():
+        if event.device_time_total > 0:
+            yield f"  {event.key[:40]}", T, event.device_time_total, 0.0, 0.0
+
+
+def all_attention() -> Iterator[Row]:
+    """Fresh prompts in the kernel of the engine, and what torch's other backends would take for one."""
+    for lengths, counts in (((8192,), (8192,)), ((1024,) * 8, (1024,) * 8), ((8192,), (1024,))):
+        case, T = Paged(lengths, counts, 8, 1, 256), sum(counts)
+        pairs = sum(n * length - n * (n - 1) / 2 for n, length in zip(counts, lengths, strict=True))
+        flop, moved = 4.0 * 256 * 8 * pairs, 2.0 * T * 8 * 256 * 2 + sum(lengths) * 4.0 * 256 * 3
+        yield f"flash_prefill, {len(counts)} of {lengths[0]}", T, median_us([case.run] * 3), moved, flop
+        if len(counts) > 1 or counts != lengths:
+            continue
+        k, v, _ = case.sequences[0]
+        heads = [x.transpose(0, 1)[None] for x in (case.q, k, v)]
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            for gqa in (True, False):
+                inputs = heads if gqa else [heads[0], *(x.expand(-1, 8, -1, -1) for x in heads[1:])]
+                call = partial(scaled_dot_product_attention, *inputs, is_causal=True, enable_gqa=gqa)
+                try:
+                    with sdpa_kernel(backend):
+                        us = median_us([call] * 3)
+                except RuntimeError as error:
+                    print(f"{backend.name}, enable_gqa={gqa}: {str(error)[:80]}")
+                    continue
+                yield f"{backend.name}, {'GQA' if gqa else 'expanded'}", T, us, moved, flop
+
+
+TIMED: dict[str, Callable[[], Iterator[Row]]] = {"moe": all_moe, "gdn": all_gdn, "attention": all_attention}
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from core_torch.cache import KVCache
 from core_torch.kernels.allreduce import ReduceGroup
 from core_torch.kernels.attention import decode_attention, prefill_attention, write_kv
 from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
+from core_torch.kernels.flash_prefill import check_flash_prefill, flash_prefill
 from core_torch.kernels.norm_rope import check_norm_rope, norm_rope
 from core_torch.kernels.paged_decode import check_paged_decode, paged_decode_attention
 from core_torch.kernels.rope import apply_rotary, rotary_cos_sin
@@ -48,11 +49,11 @@ class GatedAttention(nn.Module):
         self.out_proj = RowParallelLinear(
             heads * self.head_dim, config.hidden_size, group, bias=config.attention_bias
         )
-        self.compiled = NOT_ASKED
+        self.decodes = self.prefills = NOT_ASKED
         self.ahead: Ahead = (self.out_proj,)
 
     def choose_kernels(self, options: KernelOptions) -> Answers:
-        """One kernel writes the cache and the other reads it; a decode step runs both or neither."""
+        """One kernel writes the cache and another reads it; a step runs both or neither."""
         answers = {
             "norm_rope": options.ask(
                 "norm_rope", check_norm_rope, head_dim=self.head_dim, rotary_dim=self.rotary_dim
@@ -65,14 +66,24 @@ class GatedAttention(nn.Module):
                 head_dim=self.head_dim,
                 max_num_seqs=options.max_num_seqs,
             ),
+            "flash_prefill": options.ask(
+                "flash_prefill",
+                check_flash_prefill,
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+            ),
         }
-        self.compiled = next((a for a in answers.values() if not a.usable), answers["paged_decode"])
-        return dict.fromkeys(answers, self.compiled)
+        writes = answers["norm_rope"]
+        for name in ("paged_decode", "flash_prefill"):
+            answers[name] = answers[name] if writes.usable else writes
+        self.decodes, self.prefills = answers["paged_decode"], answers["flash_prefill"]
+        return answers
 
     def forward(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> PartialSum:
         projected = self.exchange.to_heads(self.in_proj(x), batch)
-        if batch.is_decode and self.compiled.usable:
-            return self.out_proj(self.exchange.to_rows(self._decode(projected, batch, cache), batch))
+        if (self.decodes if batch.is_decode else self.prefills).usable:
+            return self.out_proj(self.exchange.to_rows(self._in_kernels(projected, batch, cache), batch))
         T = projected.shape[0]
         q, gate, k, v = projected.split(self.sizes, dim=-1)
         q = self.q_norm(q.reshape(T, self.num_heads, self.head_dim))
@@ -84,7 +95,7 @@ class GatedAttention(nn.Module):
         out = self._attend(q, batch, cache)
         return self.out_proj(self.exchange.to_rows(out.reshape(T, -1) * gate.sigmoid(), batch))
 
-    def _decode(self, projected: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
+    def _in_kernels(self, projected: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
         q = norm_rope(
             projected,
             batch.positions,
@@ -99,14 +110,19 @@ class GatedAttention(nn.Module):
             eps=self.q_norm.eps,
             weight_bias=WEIGHT_BIAS,
         )
+        gate, scale = projected[:, self.sizes[0] : 2 * self.sizes[0]], self.head_dim**-0.5
+        if not batch.is_decode:
+            assert batch.ragged is not None  # every prefill pass has it
+            out = flash_prefill(q, cache.k, cache.v, batch.ragged, scale=scale)
+            return out.flatten(1) * gate.sigmoid()
         out = paged_decode_attention(
             q,
             cache.k,
             cache.v,
             batch.page_tables,
             batch.lengths,
-            scale=self.head_dim**-0.5,
-            gate=projected[:, self.sizes[0] : 2 * self.sizes[0]],
+            scale=scale,
+            gate=gate,
             ahead=[layer.weight for layer in self.ahead],
         )
         return out.flatten(1)

@@ -1,0 +1,211 @@
+"""Gated DeltaNet over the prompts of a pass, from projections to gated norm: in five kernels, or in plain torch.
+
+Shapes: T rows of all sequences, S sequences, H key heads, HV value heads, dk, dv head dims, K taps, C = 2 H dk + HV dv
+channels. Slot 0 belongs to nobody: rows that pad a pass have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core_torch.kernels.causal_conv import causal_conv
+from core_torch.kernels.gated_delta_rule import chunk_gated_delta_rule, gated_delta_gates
+from core_torch.kernels.native import Answer, first_failure
+from core_torch.kernels.norm import gated_rms_norm
+from core_torch.kernels.triton_kernels import check_triton, require_jit
+
+HEAD_DIMS, MAX_HEADS, CHUNK = (16, 32, 64, 128), 64, 64
+STATE_COLUMNS = 32  # of a head's state that one program carries from chunk to chunk
+
+
+class Piece(Protocol):
+    """Consecutive tokens of one sequence: rows `first..first+num_tokens-1` of the pass are its positions `start...`."""
+
+    @property
+    def first(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def slot(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """What the kernels of a pass work through, made once for all layers: int32 on the device (see `jit`)."""
+
+    sequences: Tensor  # [S, 5]
+    chunks: Tensor  # [N, 2]
+
+
+def cut_into_chunks(pieces: Sequence[Piece], device: torch.device) -> Chunks:
+    """Chunks of CHUNK rows that never cross a sequence's end."""
+    counts = np.array([piece.num_tokens for piece in pieces], dtype=np.int32)
+    per_piece = -(-counts // CHUNK)
+    first_chunk = np.cumsum(per_piece, dtype=np.int32) - per_piece
+    rows = [(p.first, p.num_tokens, p.slot, p.start > 0) for p in pieces]
+    sequences = np.column_stack((np.array(rows, dtype=np.int32), first_chunk))
+    sequence = np.repeat(np.arange(len(pieces), dtype=np.int32), per_piece)
+    at = (np.arange(len(sequence), dtype=np.int32) - first_chunk[sequence]) * CHUNK
+    chunks = np.column_stack((sequence, at))
+    return Chunks(*(torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (sequences, chunks)))
+
+
+def check_gdn_prefill(
+    *,
+    num_k_heads: int,
+    num_v_heads: int,
+    k_dim: int,
+    v_dim: int,
+    taps: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Answer:
+    """Whether `gdn_prefill` takes this rank's shapes; ask once and keep the answer."""
+    on_device = check_triton(device)
+    return first_failure(
+        (on_device.usable, on_device.reason),
+        (dtype == torch.bfloat16, f"gdn_prefill takes bfloat16, not {dtype}"),
+        (taps > 1, f"gdn_prefill takes 2 taps or more, not {taps}"),
+        (
+            k_dim == v_dim and k_dim in HEAD_DIMS,
+            f"gdn_prefill takes equal head dims of {HEAD_DIMS}, not {k_dim} and {v_dim}",
+        ),
+        (
+            num_v_heads % num_k_heads == 0 and num_v_heads <= MAX_HEADS,
+            f"gdn_prefill takes up to {MAX_HEADS} value heads, a multiple of the key heads, not {num_v_heads} on "
+            f"{num_k_heads}",
+        ),
+    )
+
+
+def gdn_prefill(
+    projected: Tensor,
+    conv: Tensor,
+    state: Tensor,
+    chunks: Chunks,
+    *,
+    conv_weight: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    state_columns: int = STATE_COLUMNS,
+    state_warps: int = 4,
+    state_stages: int = 2,
+) -> Tensor:
+    """`gdn_prefill_plain` in five kernels, all sequences at once; a sequence's bits do not depend on the others.
+
+    The products of chunks are of bfloat16, summed in float32; states stay float32. `state_columns`, `state_warps` and
+    `state_stages` change the time alone.
+    """
+    jit, T = require_jit("gdn_prefill"), projected.shape[0]
+    HV, dim = state.shape[1:3]
+    channels, taps = conv.shape[1], conv.shape[2] + 1
+    H, S, N = (channels // dim - HV) // 2, len(chunks.sequences), len(chunks.chunks)
+    sizes = {"H": H, "HV": HV, "DIM": dim, "C": CHUNK}
+    tables, stride = (chunks.chunks, chunks.sequences), projected.stride(0)
+    mixed, out = projected.new_empty(T, channels), projected.new_empty(T, HV * dim)
+    decay, beta = projected.new_empty(2, T, HV, dtype=torch.float32)
+    reads, values = projected.new_empty(2, T, HV, dim)
+    before = projected.new_empty(N, HV, dim, dim)
+    gates = (conv, conv_weight, a_log, dt_bias)
+    jit.mix[(N, 2 * H + HV + 1)](
+        projected,
+        *gates,
+        mixed,
+        decay,
+        beta,
+        *tables,
+        stride,
+        **sizes,
+        TAPS=taps,
+        BLOCK_H=1 << (HV - 1).bit_length(),
+        num_warps=8,
+    )
+    block = 256
+    jit.keep_inputs[(S, -(-channels // block))](
+        projected, conv, chunks.sequences, stride, CH=channels, TAPS=taps, BLOCK=block, num_warps=2
+    )
+    jit.solve[(N, HV)](mixed, decay, beta, reads, values, *tables, **sizes, num_warps=4)
+    columns = min(state_columns, dim)
+    jit.carry[(HV * (dim // columns), S)](
+        mixed,
+        decay,
+        reads,
+        values,
+        before,
+        state,
+        chunks.sequences,
+        **sizes,
+        COLS=columns,
+        num_warps=state_warps,
+        num_stages=state_stages,
+    )
+    jit.finish[(N, HV)](
+        projected,
+        mixed,
+        decay,
+        values,
+        before,
+        norm_weight,
+        out,
+        *tables,
+        stride,
+        dim**-0.5,
+        eps,
+        **sizes,
+        num_warps=4,
+    )
+    return out
+
+
+def gdn_prefill_plain(
+    projected: Tensor,
+    conv: Tensor,
+    state: Tensor,
+    pieces: Sequence[Piece],
+    *,
+    conv_weight: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+) -> Tensor:
+    """projected [T, C + HV dv + 2 HV] -> [T, HV dv], ready for the output projection; conv and state in place.
+
+    projected holds q, k, v, z, b, a; conv [S, C, K-1] the last inputs, oldest first; state [S, HV, dk, dv] float32;
+    conv_weight [C, K], a_log and dt_bias [HV] float32, norm_weight [dv]. A piece that starts at position 0 starts from
+    zeros, whatever its slot's previous owner has left there.
+    """
+    HV, dk, dv = state.shape[1:]
+    channels = conv.shape[1]
+    key, value = (channels - HV * dv) // 2, HV * dv
+    qkv, z, b, a = projected.split([channels, value, HV, HV], dim=-1)
+    g, beta = gated_delta_gates(a, b, a_log, dt_bias)
+    outs = []
+    for piece in pieces:
+        rows, slot = slice(piece.first, piece.first + piece.num_tokens), piece.slot
+        inputs, memory = conv[slot], state[slot]
+        if piece.start == 0:
+            inputs, memory = torch.zeros_like(inputs), torch.zeros_like(memory)
+        mixed, conv[slot] = causal_conv(qkv[rows], inputs, conv_weight)
+        q, k, v = mixed.split([key, key, value], dim=-1)
+        out, state[slot] = chunk_gated_delta_rule(
+            q.unflatten(-1, (-1, dk)),
+            k.unflatten(-1, (-1, dk)),
+            v.unflatten(-1, (-1, dv)),
+            g[rows],
+            beta[rows],
+            memory,
+        )
+        outs.append(out)
+    out = torch.cat(outs)
+    return gated_rms_norm(out, z.reshape(out.shape), norm_weight, eps=eps).flatten(1)
