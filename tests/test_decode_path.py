@@ -40,12 +40,16 @@ def paged(q: Any, k: Any, v: Any, tables: Any, lengths: Any, *, scale: float, ga
 
 def flash(q: Any, k: Any, v: Any, ragged: Ragged, *, scale: float) -> torch.Tensor:
     """Each sequence on pages of one token, which are in the order that `ragged` says."""
-    pages = [cache.flatten(0, 1)[:, None] for cache in (k, v)]
+    keys_of, values_of = (cache.flatten(0, 1)[:, None] for cache in (k, v))
     outs, queries, keys = [], ragged.query_ends.tolist(), ragged.key_ends.tolist()
     for (first, end), (from_key, to_key) in zip(pairwise(queries), pairwise(keys), strict=True):
         start = to_key - from_key - (end - first)
         table = ragged.key_rows[from_key:to_key]
-        outs.append(plain_attention.prefill_attention(q[first:end], *pages, table, start=start, scale=scale))
+        outs.append(
+            plain_attention.prefill_attention(
+                q[first:end], keys_of, values_of, table, start=start, scale=scale
+            )
+        )
     assert ragged.longest_query == max(b - a for a, b in pairwise(queries))
     assert ragged.longest_key == max(b - a for a, b in pairwise(keys))
     return torch.cat(outs)

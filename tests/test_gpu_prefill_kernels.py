@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -239,7 +240,7 @@ class Gdn:
     def chunks(self) -> Chunks:
         return cut_into_chunks(self.pieces, torch.device(DEVICE))
 
-    def run(self, **options: int) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         """(out, conv, state) on copies."""
         conv, state = self.conv.clone(), self.state.clone()
         out = gdn_prefill(self.projected, conv, state, self.chunks, **self.weights, eps=EPS, **options)
