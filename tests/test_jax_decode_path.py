@@ -43,11 +43,11 @@ def gdn(projected, conv, state, slots, conv_weight, a_log, dt_bias, norm_weight,
 
 
 GDN = (
-    shape(B, 48 + 32 + 8),
-    shape(9, 48, 3),
-    shape(9, 4, 4, 8, dtype=F32),
+    shape(B, 64 + 32 + 8),
+    shape(9, 64, 3),
+    shape(9, 4, 8, 8, dtype=F32),
     shape(B, dtype=I32),
-    shape(48, 4),
+    shape(64, 4),
     shape(4, dtype=F32),
     shape(4, dtype=F32),
     shape(8),
@@ -85,7 +85,7 @@ class TestLowering:
     def test_what_changes_in_place_is_aliased(self) -> None:
         text = lowered(gdn, *GDN)
         assert calls_in(text) == ["gdn_decode"]
-        assert "-> (tensor<3x32xbf16>, tensor<9x48x3xbf16>, tensor<9x4x4x8xf32>)" in text
+        assert "-> (tensor<3x32xbf16>, tensor<9x64x3xbf16>, tensor<9x4x8x8xf32>)" in text
         assert self.aliases(text) == [(1, 1), (2, 2)]
         assert "units_per_block = 1 : i64" in text
         text = lowered(rope, *ROPE)
