@@ -18,6 +18,9 @@ from core_torch.kernels.allreduce import ReduceGroup, all_reduce
 from core_torch.partial_sum import PartialSum
 from shared_config import ParallelLayout
 
+# torch 2.13 gave it this name; without it `all_gather` copies every rank's part once more.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True)
 class Peers:
@@ -34,7 +37,7 @@ class Peers:
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's x [...], by rank: [size, ...]."""
         gathered = x.new_empty((self.size, *x.shape))
-        dist.all_gather(list(gathered.unbind()), x.contiguous(), group=self.device_group)
+        all_gather(gathered.flatten(0, 1), x.contiguous(), group=self.device_group)
         return gathered
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:

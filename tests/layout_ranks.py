@@ -8,7 +8,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -43,6 +43,7 @@ from shared_config.results import RequestOutput
 from shared_config.sampling import SamplingParams
 from shared_config.settings import EngineSettings
 
+SEED = 7
 Fault = Callable[[ModelRunner], contextlib.AbstractContextManager[object]]
 
 
@@ -56,10 +57,13 @@ class LayoutRun:
     outputs: list[RequestOutput] = field(default_factory=list)
 
 
-def params(max_tokens: int) -> SamplingParams:
-    return SamplingParams(
-        temperature=0, max_tokens=max_tokens, ignore_eos=True, return_logits=True, prompt_logprobs=True
+def params(max_tokens: int, count: int) -> list[SamplingParams]:
+    """For `count` prompts. Logits of all rows are wanted for the second, so in one step of several; the third draws."""
+    common = SamplingParams(
+        temperature=0, seed=SEED, max_tokens=max_tokens, ignore_eos=True, return_logits=True
     )
+    changes = {1: {"prompt_logprobs": True}, 2: {"temperature": 1.0}}
+    return [replace(common, **changes.get(i, {})) for i in range(count)]
 
 
 def session_spec(
@@ -97,7 +101,8 @@ def open_here(spec: SessionSpec) -> Iterator[Session]:
 
 
 def generate(session: Session, prompts: list[list[int]], max_tokens: int) -> LayoutRun:
-    requests = [Request(i, None, prompt, params(max_tokens), 0) for i, prompt in enumerate(prompts)]
+    each = params(max_tokens, len(prompts))
+    requests = [Request(i, None, ids, each[i], SEED) for i, ids in enumerate(prompts)]
     final = {o.index: o for outputs in session.generate(requests) for o in outputs}
     outputs = [final[i] for i in range(len(prompts))]
     digest = hashlib.blake2b(digest_size=8)

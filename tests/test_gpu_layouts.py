@@ -17,7 +17,7 @@ from shared_config import FusionDecision, FusionRequest, ParallelLayout, Qwen3Ne
 from shared_config.results import Reductions
 from shared_config.settings import EngineSettings
 from tests.ranks import RankPool
-from tests.test_gpu_model import PROMPTS, TINY, Outputs, assert_as_good, generate
+from tests.test_gpu_model import PROMPTS, TINY, Outputs, assert_as_good, generate, logits_in_batches
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,7 +61,8 @@ def pools() -> Iterator[Pools]:
 
 def make_spec(layout: ParallelLayout, request: FusionRequest, **options: Any) -> SessionSpec:
     config, tokenizer = Qwen3NextConfig.from_hf(TINY), str(TINY / "tokenizer.json")
-    settings = EngineSettings(str(TINY), **{"max_model_len": 512, "max_step_tokens": 96, **options})
+    limits = {"max_model_len": 512, "max_step_tokens": 96, "deterministic": request.deterministic}
+    settings = EngineSettings(str(TINY), **{**limits, **options})
     return SessionSpec(config, layout, request, settings, "cuda", tokenizer)
 
 
@@ -137,3 +138,11 @@ def test_a_layout_agrees_with_one_gpu(
         chunks = -(-len(outputs[0].prompt_token_ids) // 96)
         passes = chunks + TOKENS - 1
         assert outputs[0].reductions == Reductions(each.fused * passes, each.unfused * passes)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.tp_size == 2], ids=str)
+def test_a_deterministic_layout_is_batch_invariant(layout: ParallelLayout, pools: Pools) -> None:
+    """The same bits alone and in batches of 2 and 8, on both ranks, also where the other data-parallel rank runs it."""
+    spec = make_spec(layout, FusionRequest(deterministic=True), max_num_seqs=8, max_model_len=256)
+    by_rank = pools(2).run(logits_in_batches, spec, PROMPTS[1], {1: 0, 2: 1, 8: 3}, timeout=120)
+    assert len({found for rank in by_rank for found in rank}) == 1

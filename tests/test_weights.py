@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -159,6 +160,18 @@ def test_a_layout_reads_every_number_of_the_real_model_equally_often(
         if not whole:  # not a tensor that every rank holds
             assert set(boxes.values()) == {times}, name
         assert sum(math.prod(b - a for a, b in box) for box in boxes) == math.prod(stored[name]), name
+
+
+def test_ranks_share_the_contents_of_a_parameter_exactly_when_they_read_the_same() -> None:
+    """Dummy weights are seeded by it."""
+    layout = ParallelLayout(8, attn_cp_size=2, attn_dp_size=2, ep_size=2)
+    config = Qwen3NextConfig.from_hf(REAL | {"num_hidden_layers": 4, "num_experts": 16})
+    plans = [plan_rank(config, layout, rank) for rank in range(8)]
+    contents = [plan.contents() for plan in plans]
+    read = [{n: [p for p in plan.pieces if p.parameter == n] for n in plan.parameters} for plan in plans]
+    for name in plans[0].parameters:
+        for a, b in itertools.combinations(range(8), 2):
+            assert (contents[a][name] == contents[b][name]) == (read[a][name] == read[b][name]), name
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
