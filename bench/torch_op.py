@@ -22,6 +22,7 @@ from bench.rates import cache_bytes
 from bench.result import OpPart, OpRow, OpSpec
 from bench.stats import slowest, summarize
 from core_torch.kernels.allreduce import ReduceGroup, allreduce_residual_rmsnorm, unfused
+from core_torch.kernels.choice import KernelOptions, choose_kernels
 from core_torch.kernels.norm import rms_norm_reference
 from core_torch.kernels.selftest import TOLERANCE
 from core_torch.parallel import open_parallel, rank_device
@@ -42,6 +43,7 @@ def run(plain: dict[str, Any]) -> dict[str, Any]:
     flashinfer, layout = probe_flashinfer(), ParallelLayout(tp_size=spec.tp)
     decision = resolve_fusion(spec.model_facts(), layout, probe_hardware(), flashinfer, spec.fusion_request())
     with open_parallel(decision, layout, flashinfer, device=device, dtype=dtype) as parallel:
+        choose_kernels([parallel.attention], KernelOptions(dtype, device, max_num_seqs=max(spec.tokens)))
         rows = []
         sizes = tqdm(spec.tokens, desc="op, torch", unit="size", disable=parallel.rank != 0, leave=False)
         with torch.inference_mode():

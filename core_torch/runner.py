@@ -39,7 +39,7 @@ class ModelRunner:
         else:
             load_checkpoint(self.model, Path(settings.model), progress=parallel.rank == 0)
         self.kernels = choose_kernels(
-            self.model.modules(),
+            [*self.model.modules(), parallel.attention, parallel.mlp, parallel.pieces.paid],
             KernelOptions(dtype, parallel.device, settings.max_num_seqs, compiled=settings.kernels == "auto"),
         )
         if parallel.device.type == "cuda" and parallel.rank == 0:

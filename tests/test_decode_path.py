@@ -12,23 +12,26 @@ import torch
 
 from core_torch import LLM, SamplingParams
 from core_torch.batch import Span
+from core_torch.kernels import allreduce, moe
 from core_torch.kernels import attention as plain_attention
-from core_torch.kernels import moe
 from core_torch.kernels.choice import KernelOptions, describe
+from core_torch.kernels.contract import add_rmsnorm
 from core_torch.kernels.flash_prefill import Ragged
 from core_torch.kernels.gdn_decode import gdn_decode_plain
 from core_torch.kernels.gdn_prefill import Chunks, gdn_prefill_plain
 from core_torch.kernels.moe_decode import Routing
 from core_torch.kernels.native import Answer
 from core_torch.kernels.norm_rope import norm_rope_plain
-from core_torch.layers import attention, gated_delta_net, linear, mlp
+from core_torch.kernels.vocabulary import embedding_rows_plain, largest_keys_plain
+from core_torch.layers import attention, embedding, gated_delta_net, linear, mlp, norm
 from tests import reference
 
 TINY = Path(__file__).parent / "data/tiny-qwen3-next"
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, return_logits=True)
 PROMPTS = [[5, 6, 7, 8, 9], [3] * 21, [1, 2]]
 NAMES = (
-    "few_rows", "flash_prefill", "gdn_decode", "gdn_prefill", "moe_decode", "moe_prefill", "norm_rope", "paged_decode"
+    "add_norm", "few_rows", "flash_prefill", "gdn_decode", "gdn_prefill", "moe_decode", "moe_prefill", "norm_rope",
+    "paged_decode", "vocabulary"
 )  # fmt: skip
 FEW = 8  # tokens that count as few here, so that the prefill of these prompts are many
 
@@ -95,6 +98,10 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Every kernel is usable, and counted."""
     calls: dict[str, int] = {}
     functions = {
+        (allreduce, "add_norm"): add_rmsnorm,
+        (norm, "add_norm"): add_rmsnorm,
+        (embedding, "embedding_rows"): embedding_rows_plain,
+        (embedding, "largest_keys"): largest_keys_plain,
         (linear, "few_rows"): torch.nn.functional.linear,
         (gated_delta_net, "gdn_decode"): gdn_decode_plain,
         (gated_delta_net, "gdn_prefill"): gdn_of_chunks,
@@ -147,8 +154,8 @@ def test_steps_run_in_kernels_and_give_the_plain_results(
     answers, got = generate(folder, dtype="float32")
     assert answers == dict.fromkeys(NAMES, Answer(True))
     assert set(stand_ins) == {
-        "few_rows", "gdn_decode", "norm_rope", "paged_decode_attention", "route_decode", "routed_experts_decode",
-        "flash_prefill", "gdn_prefill", "route_prefill", "routed_experts_prefill"
+        "add_norm", "few_rows", "gdn_decode", "norm_rope", "paged_decode_attention", "route_decode",
+        "routed_experts_decode", "flash_prefill", "gdn_prefill", "route_prefill", "routed_experts_prefill"
     }  # fmt: skip
     for mine, want in zip(got, plain, strict=True):
         assert mine.token_ids == want.token_ids

@@ -13,6 +13,7 @@ import torch
 
 from core_torch.__main__ import main
 from core_torch.kernels import (
+    add_norm,
     causal_conv,
     few_rows,
     flashinfer_modules,
@@ -24,10 +25,12 @@ from core_torch.kernels import (
     norm_rope,
     paged_decode,
 )
+from core_torch.kernels.add_norm import check_add_norm
 from core_torch.kernels.gdn_decode import check_gdn_decode, gdn_decode_plain
 from core_torch.kernels.moe_decode import check_moe_decode
 from core_torch.kernels.norm_rope import check_norm_rope
 from core_torch.kernels.paged_decode import check_paged_decode
+from core_torch.kernels.vocabulary import check_vocabulary
 
 ARCH = "9.0a"
 CPU = torch.device("cpu")
@@ -158,11 +161,13 @@ needs_nvcc = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("name", "functions"),
     [
+        ("add_norm", ["add_norm"]),
         ("few_rows", ["few_rows"]),
         ("gdn_decode", ["gdn_decode", "gdn_decode_ahead"]),
         ("moe_decode", ["moe_route", "moe_group", "moe_decode", "moe_decode_ahead"]),
         ("norm_rope", ["norm_rope"]),
         ("paged_decode", ["paged_decode", "paged_decode_ahead"]),
+        ("vocabulary", ["vocabulary_rows", "vocabulary_argmax"]),
     ],
 )
 def test_prebuild_compiles(folders: tuple[Path, Path], name: str, functions: list[str]) -> None:
@@ -214,11 +219,14 @@ MOE = {
 }
 PAGED = {"num_heads": 8, "num_kv_heads": 1, "head_dim": 256, "max_num_seqs": 64, "dtype": torch.bfloat16}
 ROPE = {"head_dim": 256, "rotary_dim": 64, "dtype": torch.bfloat16}
+WIDTH = {"hidden_size": 2048, "dtype": torch.bfloat16}
 CHECKS = [
     (check_gdn_decode, GDN),
     (check_moe_decode, MOE),
     (check_paged_decode, PAGED),
     (check_norm_rope, ROPE),
+    (check_add_norm, WIDTH),
+    (check_vocabulary, WIDTH),
 ]
 
 
@@ -257,6 +265,11 @@ def test_real_shapes_are_taken(check: Any, shapes: dict[str, Any], monkeypatch: 
         (*CHECKS[3], {"dtype": torch.float32}, "float32"),
         (*CHECKS[3], {"head_dim": 264}, "264"),
         (*CHECKS[3], {"rotary_dim": 24}, "24"),
+        (*CHECKS[4], {"dtype": torch.float16}, "float16"),
+        (*CHECKS[4], {"hidden_size": 2044}, "2044"),
+        (*CHECKS[4], {"hidden_size": 8200}, "8200"),
+        (*CHECKS[5], {"dtype": torch.float32}, "float32"),
+        (*CHECKS[5], {"hidden_size": 2044}, "2044"),
     ],
 )
 def test_other_shapes_are_refused_with_the_number(
@@ -271,6 +284,7 @@ def test_other_shapes_are_refused_with_the_number(
 @pytest.mark.parametrize(
     ("source", "constant", "value"),
     [
+        ("add_norm", "kMaxDim", add_norm.MAX_DIM),
         ("few_rows", "kMaxRows", few_rows.MAX_ROWS),
         ("gdn_decode", "kMaxKeyDim", gdn_decode.MAX_K_DIM),
         ("gdn_decode", "kMaxValueDim", gdn_decode.MAX_V_DIM),

@@ -17,8 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from core_torch.kernels.add_norm import add_norm, check_add_norm
+from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.contract import add_rmsnorm, check_operands, sum_in_rank_order
 from core_torch.kernels.counts import ReductionCounts
+from core_torch.kernels.native import Answer
 
 if TYPE_CHECKING:
     from core_torch.kernels.comm import CommBackend
@@ -50,6 +53,7 @@ class ReduceGroup:
     decision: FusionDecision
     workspace: Workspace | None = None
     counts: ReductionCounts = field(default_factory=ReductionCounts)
+    compiled: Answer = NOT_ASKED  # whether add and norm are one kernel where the sum is not fused with them
     handle: int = field(init=False)
     _answers: dict[tuple[int, int], BatchAnswer] = field(init=False, default_factory=dict, repr=False)
 
@@ -65,6 +69,10 @@ class ReduceGroup:
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    def choose_kernels(self, options: KernelOptions) -> Answers:
+        self.compiled = options.ask("add_norm", check_add_norm, hidden_size=self.decision.hidden_size)
+        return {"add_norm": self.compiled}
 
     def fuses(self, num_tokens: int, itemsize: int) -> BatchAnswer:
         """Whether a batch of `num_tokens` is fused, and why not. Remembered: a model asks twice per layer."""
@@ -96,7 +104,8 @@ def allreduce_residual_rmsnorm(
     """
     check_operands(partial, weight, residual=residual)
     if group.size == 1 or partial.shape[0] == 0:
-        return add_rmsnorm(partial, residual, weight, eps, weight_bias)
+        add = add_norm if group.compiled.usable else add_rmsnorm
+        return add(partial, residual, weight, eps, weight_bias)
     return torch.ops.crossfuse.allreduce_residual_rmsnorm(
         partial, residual, weight, group.handle, eps, weight_bias
     )
@@ -134,7 +143,8 @@ def unfused(
     # With no residual the sum becomes the residual, which must not be the partial that was consumed.
     summed = _sum_in_place(partial.clone() if residual is None else partial, group)
     group.counts.add(unfused=1)
-    return add_rmsnorm(summed, residual, weight, eps, weight_bias)
+    add = add_norm if group.compiled.usable else add_rmsnorm
+    return add(summed, residual, weight, eps, weight_bias)
 
 
 def all_reduce(x: Tensor, *, group: ReduceGroup, owed: bool = False) -> Tensor:

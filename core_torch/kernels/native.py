@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 CSRC = Path(__file__).with_name("csrc")
-MODULES = ("few_rows", "gdn_decode", "moe_decode", "norm_rope", "paged_decode")
+MODULES = ("add_norm", "few_rows", "gdn_decode", "moe_decode", "norm_rope", "paged_decode", "vocabulary")
 PREBUILT_VARIABLE, CACHE_VARIABLE = "CROSSFUSE_PREBUILT_DIR", "CROSSFUSE_CACHE_DIR"
 MIN_SM = 90  # clusters and programmatic dependent launch
 

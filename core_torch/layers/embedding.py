@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from core_torch.kernels.allreduce import ReduceGroup, all_reduce
-from core_torch.kernels.argmax import entries, largest_keys
+from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
+from core_torch.kernels.vocabulary import (
+    check_vocabulary,
+    embedding_rows,
+    embedding_rows_plain,
+    entries,
+    largest_keys,
+    largest_keys_plain,
+)
 from shared_config.checkpoint import vocab_share
 
 
@@ -23,14 +31,17 @@ class VocabParallelEmbedding(nn.Module):
         rows, padded = vocab_share(vocab_size, group.rank, group.size)
         self.first, self.count, self.group = rows.start, len(rows), group
         self.weight = nn.Parameter(torch.empty(padded, hidden_size), requires_grad=False)
+        self.compiled = NOT_ASKED
+
+    def choose_kernels(self, options: KernelOptions) -> Answers:
+        self.compiled = options.ask("vocabulary", check_vocabulary, hidden_size=self.weight.shape[1])
+        return {"vocabulary": self.compiled}
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         if self.group.size == 1:
             return F.embedding(token_ids, self.weight)
-        local = token_ids - self.first
-        mine = (local >= 0) & (local < self.count)
-        out = F.embedding(local.where(mine, 0), self.weight).masked_fill(~mine[:, None], 0)
-        return all_reduce(out, group=self.group)
+        rows = embedding_rows if self.compiled.usable else embedding_rows_plain
+        return all_reduce(rows(token_ids, self.weight, first=self.first, count=self.count), group=self.group)
 
 
 class ParallelHead(nn.Module):
@@ -50,6 +61,11 @@ class ParallelHead(nn.Module):
             if tied is None
             else tied.weight
         )
+        self.compiled = NOT_ASKED
+
+    def choose_kernels(self, options: KernelOptions) -> Answers:
+        self.compiled = options.ask("vocabulary", check_vocabulary, hidden_size=self.weight.shape[1])
+        return {"vocabulary": self.compiled}
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.gather(self.local(hidden))
@@ -67,11 +83,11 @@ class ParallelHead(nn.Module):
 
     def argmax(self, local: torch.Tensor) -> torch.Tensor:
         """local [T, W] of every rank -> the token [T] with the largest logit, of equal ones the first; alike on all."""
-        if self.group.size == 1:
-            return local[:, : self.count].argmax(-1)
+        largest = largest_keys if self.compiled.usable else largest_keys_plain
         if self.count > 0:
-            keys = largest_keys(local[:, : self.count], self.first)
+            keys = largest(local[:, : self.count], first=self.first)
         else:  # a small vocabulary may end before the last rank
             keys = local.new_full(local.shape[:1], torch.iinfo(torch.int64).min, dtype=torch.int64)
-        dist.all_reduce(keys, dist.ReduceOp.MAX, group=self.group.device_group)
+        if self.group.size > 1:
+            dist.all_reduce(keys, dist.ReduceOp.MAX, group=self.group.device_group)
         return entries(keys)
