@@ -21,6 +21,7 @@ from core_torch.kernels.norm import gated_rms_norm
 from core_torch.kernels.triton_kernels import check_triton, require_jit
 
 HEAD_DIMS, MAX_HEADS, CHUNK = (16, 32, 64, 128), 64, 64
+MIX_ROWS = 16  # of a chunk and a head that one program convolves; TAPS - 1 at least
 STATE_COLUMNS = 32  # of a head's state that one program carries from chunk to chunk
 
 
@@ -73,7 +74,7 @@ def check_gdn_prefill(
     return first_failure(
         (on_device.usable, on_device.reason),
         (dtype == torch.bfloat16, f"gdn_prefill takes bfloat16, not {dtype}"),
-        (taps > 1, f"gdn_prefill takes 2 taps or more, not {taps}"),
+        (1 < taps <= MIX_ROWS, f"gdn_prefill takes 2 to {MIX_ROWS} taps, not {taps}"),
         (
             k_dim == v_dim and k_dim in HEAD_DIMS,
             f"gdn_prefill takes equal head dims of {HEAD_DIMS}, not {k_dim} and {v_dim}",
@@ -117,7 +118,7 @@ def gdn_prefill(
     reads, values = projected.new_empty(2, T, HV, dim)
     before = projected.new_empty(N, HV, dim, dim)
     gates = (conv, conv_weight, a_log, dt_bias)
-    jit.mix[(N, 2 * H + HV + 1)](
+    jit.mix[(N * (CHUNK // MIX_ROWS), 2 * H + HV + 1)](
         projected,
         *gates,
         mixed,
@@ -127,8 +128,9 @@ def gdn_prefill(
         stride,
         **sizes,
         TAPS=taps,
+        ROWS=MIX_ROWS,
         BLOCK_H=1 << (HV - 1).bit_length(),
-        num_warps=8,
+        num_warps=4,
     )
     block = 256
     jit.keep_inputs[(S, -(-channels // block))](

@@ -21,14 +21,13 @@ SQUARE = tl.constexpr(16)  # rows that are solved one after another; four such b
 
 
 @triton.jit
-def _chunk(chunks, sequences, chunk, C: tl.constexpr):
-    """(rows of the pass, which of them are in the sequence, sequence, row that the chunk begins at)."""
+def _chunk(chunks, sequences, chunk):
+    """(first row of the chunk's sequence, its rows, the row of it that the chunk begins at, sequence)."""
     sequence = tl.load(chunks + chunk * 2)
     at = tl.load(chunks + chunk * 2 + 1)
-    first = tl.load(sequences + sequence * 5)
+    first = tl.load(sequences + sequence * 5).to(tl.int64)
     count = tl.load(sequences + sequence * 5 + 1)
-    row = at + tl.arange(0, C)
-    return first + row, row < count, sequence, at
+    return first, count, at, sequence
 
 
 @triton.jit
@@ -49,15 +48,22 @@ def mix(
     DIM: tl.constexpr,
     TAPS: tl.constexpr,
     C: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One head's channels of a chunk through convolution and SiLU, q and k l2-normalised; or the chunk's gates: decay
+    """ROWS rows of one head's channels through convolution and SiLU, q and k l2-normalised; or a chunk's gates: decay
     [T, HV], log decays summed up from the chunk's start, and beta [T, HV], both float32."""
+    parts: tl.constexpr = C // ROWS
     block = tl.program_id(1)
-    rows, live, sequence, at = _chunk(chunks, sequences, tl.program_id(0), C)
-    rows = rows.to(tl.int64)
+    part = tl.program_id(0) % parts
+    first, count, at, sequence = _chunk(chunks, sequences, tl.program_id(0) // parts)
     CH: tl.constexpr = (2 * H + HV) * DIM
     if block == 2 * H + HV:
+        if part > 0:
+            return
+        row = at + tl.arange(0, C)
+        live = row < count
+        rows = first + row
         head = tl.arange(0, BLOCK_H)
         kept = live[:, None] & (head < HV)[None, :]
         at_b = projected + rows[:, None] * stride + CH + HV * DIM + head[None, :]
@@ -71,14 +77,16 @@ def mix(
         tl.store(beta + rows[:, None] * HV + head[None, :], tl.sigmoid(b), mask=kept)
         return
     channel = block * DIM + tl.arange(0, DIM)
-    row = at + tl.arange(0, C)
-    total = tl.zeros([C, DIM], tl.float32)
+    row = at + part * ROWS + tl.arange(0, ROWS)
+    live = row < count
+    rows = first + row
+    total = tl.zeros([ROWS, DIM], tl.float32)
     for back in tl.static_range(TAPS):
         weight = tl.load(conv_weight + channel * TAPS + (TAPS - 1 - back)).to(tl.float32)
         kept = (live & (row >= back))[:, None]
         x = tl.load(projected + (rows - back)[:, None] * stride + channel[None, :], mask=kept, other=0.0)
         total += x.to(tl.float32) * weight[None, :]
-    if (at == 0) & (tl.load(sequences + sequence * 5 + 3) > 0):
+    if (at + part == 0) & (tl.load(sequences + sequence * 5 + 3) > 0):
         slot = tl.load(sequences + sequence * 5 + 2).to(tl.int64)
         before = conv + (slot * CH + channel)[None, :] * (TAPS - 1)
         for back in tl.static_range(1, TAPS):
@@ -129,8 +137,10 @@ def solve(
 ):
     """reads [T, HV, DIM] = (I + A)^-1 (beta exp(G) k), values [T, HV, DIM] = (I + A)^-1 (beta v)."""
     head = tl.program_id(1)
-    rows, live, _sequence, _at = _chunk(chunks, sequences, tl.program_id(0), C)
-    rows = rows.to(tl.int64)
+    first, count, at_row, _sequence = _chunk(chunks, sequences, tl.program_id(0))
+    i = tl.arange(0, C)
+    live = at_row + i < count
+    rows = first + at_row + i
     dim = tl.arange(0, DIM)
     CH: tl.constexpr = (2 * H + HV) * DIM
     BLOCKS: tl.constexpr = C // SQUARE
@@ -139,7 +149,6 @@ def solve(
     g = tl.load(decay + rows * HV + head, mask=live, other=0.0)
     b = tl.load(beta + rows * HV + head, mask=live, other=0.0)
 
-    i = tl.arange(0, C)
     lower = (i[:, None] > i[None, :]) & live[:, None]
     exponent = tl.where(lower, g[:, None] - g[None, :], 0.0)
     a = tl.where(lower, tl.dot(key, tl.trans(key)) * tl.exp(exponent) * b[:, None], 0.0)
@@ -249,8 +258,10 @@ def finish(
     """out [T, HV DIM] = norm((q S exp(G) + tril(q k exp(G_i - G_j)) v') * scale) * norm_weight * silu(z)."""
     head = tl.program_id(1)
     chunk = tl.program_id(0)
-    rows, live, _sequence, _at = _chunk(chunks, sequences, chunk, C)
-    rows = rows.to(tl.int64)
+    first, count, at_row, _sequence = _chunk(chunks, sequences, chunk)
+    i = tl.arange(0, C)
+    live = at_row + i < count
+    rows = first + at_row + i
     dim = tl.arange(0, DIM)
     kept = live[:, None]
     CH: tl.constexpr = (2 * H + HV) * DIM
@@ -258,7 +269,6 @@ def finish(
     query = tl.load(at, mask=kept, other=0.0)
     key = tl.load(at + H * DIM, mask=kept, other=0.0)
     g = tl.load(decay + rows * HV + head, mask=live, other=0.0)
-    i = tl.arange(0, C)
     seen = (i[:, None] >= i[None, :]) & kept
     exponent = tl.where(seen, g[:, None] - g[None, :], 0.0)
     scores = tl.where(seen, tl.dot(query, tl.trans(key)) * tl.exp(exponent), 0.0)
