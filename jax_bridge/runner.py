@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -137,6 +138,9 @@ class ModelRunner:
             inputs = jax.tree.map(own, inputs, is_leaf=lambda leaf: isinstance(leaf, Batch))
             return local(nnx.merge(graphdef, parameters), cache, inputs)
 
+        on_device.__name__ = getattr(
+            local, "func", local
+        ).__name__  # XLA's name for the program, in profiles too
         caches = cache_specs(self.config, self.parallel.heads, data)
         sharded = jax.shard_map(
             on_device,
@@ -151,10 +155,20 @@ class ModelRunner:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(inputs))
         key = (id(program), jax.tree.structure(inputs), shapes)
         with dispatch_lock, jax.default_matmul_precision("highest"):  # float32 is float32, also on GPUs
-            if key not in self._counts:
+            started = time.perf_counter()
+            is_new = key not in self._counts
+            if is_new:
                 counts = explain(program, self.parameters, self.cache, inputs).counts
                 self._counts[key] = Reductions(counts.fused, counts.unfused)
             outputs, self.cache = program(self.parameters, self.cache, inputs)
+            if is_new and self.parallel.platform == "gpu":
+                rows = jax.tree.leaves(inputs)[0].shape[0]
+                took_s = time.perf_counter() - started
+                print(
+                    f"crossfuse: compiled {program.__name__} for {rows} rows in {took_s:.1f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
             if self.parallel.platform == "cpu":
                 jax.block_until_ready(self.cache)
         return outputs, self._counts[key]
