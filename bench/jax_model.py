@@ -7,6 +7,8 @@ chose, and the one here what it is given; both run several steps in one program.
 from __future__ import annotations
 
 import functools
+import itertools
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.codec import from_plain, to_plain
-from bench.drive import decode_steps, measure
+from bench.drive import decode_steps, make_sequences, measure, prefill_steps
 from bench.result import ModelPart, ModelSpec
 from bench.trace import COMMUNICATION, covered
 from jax_bridge.batch import Batch, build_batch
@@ -29,7 +31,7 @@ from jax_bridge.cache import LayerCache
 from jax_bridge.layers.mlp import Experts
 from jax_bridge.models.qwen3_next import Qwen3Next
 from jax_bridge.parallel import choose_devices
-from jax_bridge.runner import ModelRunner
+from jax_bridge.runner import Job, ModelRunner
 from jax_bridge.sampler import greedy
 from jax_bridge.session import SessionSpec, open_session
 from jax_bridge.weights import Weights, dummy_weights, load_checkpoint
@@ -58,6 +60,7 @@ def run(plain: dict[str, Any]) -> dict[str, Any]:
             return to_plain(ModelPart(tuple(rows), session.decision))
     with open_session(session_spec, weights) as session:
         rows, decision = measure(JaxEngine(session.runner, "on", spec), spec), session.decision
+    del session  # its cache, before there is another
     with open_session(replace(session_spec, request=FusionRequest(mode="off")), weights) as session:
         rows += measure(JaxEngine(session.runner, "off", spec), spec, like=rows)
     return to_plain(ModelPart(tuple(rows), decision))
@@ -89,6 +92,32 @@ class JaxEngine:
         self._runner, self.modes = runner, (mode,)
         self._feed = runner.program(functools.partial(_feed, page_size=runner.settings.page_size))
         self._watch = runner.program(_watch)
+        runner.compile(self._jobs(spec, counts_experts=mode != "off"))
+
+    def _jobs(self, spec: ModelSpec, *, counts_experts: bool) -> Iterator[Job]:
+        """Everything that the grid runs. Experts are counted by the first engine alone (`measure(like=)`)."""
+        for batch, length in itertools.product(spec.batches, spec.lengths):
+            sequences = make_sequences(spec, batch, length, random.Random(0))
+            for step in prefill_steps(sequences, spec.max_step_tokens):
+                yield self._runner.job(step)
+                if counts_experts:
+                    yield self._watch, self._batch(step)
+            for sequence in sequences:
+                sequence.output = [0]
+            step = next(decode_steps(sequences, [[0] * batch]))
+            yield self._feed, self._given(step, [[0] * batch] * spec.decode_steps)
+            if counts_experts:
+                yield self._watch, self._batch(step)
+
+    def _batch(self, step: Step) -> Batch:
+        return build_batch(step, page_size=self._runner.settings.page_size)
+
+    def _given(self, step: Step, tokens: SequenceOf[SequenceOf[int]]) -> tuple[Batch, np.ndarray]:
+        """The inputs of `_feed`."""
+        batch = self._batch(step)
+        given = np.zeros((len(tokens), batch.token_ids.shape[0]), np.int32)
+        given[:, : len(step.chunks)] = tokens
+        return batch, given
 
     def run(self, mode: str, steps: Iterable[Step]) -> Reductions:
         del mode
@@ -100,10 +129,7 @@ class JaxEngine:
         del mode
         start = time.perf_counter()
         steps = decode_steps(sequences, tokens)
-        batch = build_batch(next(steps), page_size=self._runner.settings.page_size)
-        given = np.zeros((len(tokens), batch.token_ids.shape[0]), np.int32)
-        given[:, : len(sequences)] = tokens
-        chosen, reductions = self._runner.execute(self._feed, (batch, given))
+        chosen, reductions = self._runner.execute(self._feed, self._given(next(steps), tokens))
         np.asarray(chosen)  # waits for the steps
         elapsed_us = (time.perf_counter() - start) * 1e6
         for _ in steps:  # moves the sequences on
@@ -114,8 +140,7 @@ class JaxEngine:
     def touched_experts(self, steps: Iterable[Step]) -> list[list[set[int]]]:
         passes = []
         for step in steps:
-            batch = build_batch(step, page_size=self._runner.settings.page_size)
-            layers, _ = self._runner.execute(self._watch, batch)
+            layers, _ = self._runner.execute(self._watch, self._batch(step))
             passes.append([set(np.asarray(experts)[: step.num_tokens].flat) for experts in layers])
         return passes
 

@@ -22,6 +22,9 @@ from shared_config import FusionDecision, ParallelLayout
 
 # XLA would keep float32 between fused operations where the program rounds to bfloat16, as PyTorch does round.
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+# On GPUs XLA would time kernels of its own for every product of every program, at every start, and might choose others
+# each time. cuBLAS chooses by its own rules, as in PyTorch.
+GPU_COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 MOE_SLICE = ("ep", "moe_tp")  # what owes the MoE's sums
 HOST_DEVICES_FLAG = "xla_force_host_platform_device_count"
 

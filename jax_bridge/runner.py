@@ -11,7 +11,8 @@ import functools
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from jax_bridge.cache import LayerCache, cache_bytes, cache_specs, make_cache
 from jax_bridge.dispatch import dispatch_lock
 from jax_bridge.kernels.compiled import JaxKernelOptions, open_kernels
 from jax_bridge.models.qwen3_next import Qwen3Next
-from jax_bridge.parallel import COMPILER_OPTIONS, Parallel
+from jax_bridge.parallel import COMPILER_OPTIONS, GPU_COMPILER_OPTIONS, Parallel
 from jax_bridge.programs import logprobs, run_loop, run_pass
 from jax_bridge.report import explain
 from jax_bridge.sampler import choice_of
@@ -41,7 +42,10 @@ from shared_config.settings import EngineSettings
 
 # (model, cache, inputs) -> (outputs, cache), on one device inside shard_map; outputs are alike on all.
 Local = Callable[[Qwen3Next, list[LayerCache], Any], tuple[Any, list[LayerCache]]]
-Program = Callable[[nnx.State, list[LayerCache], Any], tuple[Any, list[LayerCache]]]
+Program = Any  # jitted: (parameters, cache, inputs) -> (outputs, cache)
+Job = tuple[Program, Any]  # and its inputs
+# float32 is float32, also on GPUs
+MATMUL_PRECISION = functools.partial(jax.default_matmul_precision, "highest")
 
 
 @dataclass
@@ -105,6 +109,7 @@ class ModelRunner:
             run_loop, eos=config.eos_token_ids, page_size=settings.page_size, most=decode_steps
         )
         self._pass, self._loop = self.program(run_pass), self.program(loop)
+        self._programs: list[Any] = []
         self._counts: dict[Any, Reductions] = {}
         self._ahead: dict[int, _Ahead] = {}  # by slot
 
@@ -148,13 +153,34 @@ class ModelRunner:
             in_specs=(nnx.get_partition_spec(self.parameters), caches, P()),
             out_specs=(P(), caches),
         )
-        return jax.jit(sharded, donate_argnums=1, compiler_options=COMPILER_OPTIONS)
+        options = COMPILER_OPTIONS | (GPU_COMPILER_OPTIONS if self.parallel.platform == "gpu" else {})
+        return jax.jit(sharded, donate_argnums=1, compiler_options=options)
+
+    def job(self, step: Step, *, all_logits: bool = False) -> Job:
+        """The program that runs `step` alone, and its inputs."""
+        batch = self.batch(step, all_logits)
+        return self._pass, (
+            batch,
+            choice_of([chunk.sequence for chunk in step.chunks], len(batch.sample_rows)),
+        )
+
+    def compile(self, jobs: Iterable[Job]) -> None:
+        """Compiles what runs these jobs, side by side; a program that was not asked for is compiled when it first runs.
+
+        `execute` finds them in JAX's cache, whose entries live as long as these results.
+        """
+        with dispatch_lock, MATMUL_PRECISION():
+            different = {_key(*job): job for job in jobs}
+            lowered = [
+                program.lower(self.parameters, self.cache, inputs) for program, inputs in different.values()
+            ]
+        with ThreadPoolExecutor() as pool:
+            self._programs += pool.map(lambda one: one.compile(), lowered)
 
     def execute(self, program: Program, inputs: Any) -> tuple[Any, Reductions]:
         """(the program's outputs, the norm reductions in it; a loop's body counts once). Updates the cache."""
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(inputs))
-        key = (id(program), jax.tree.structure(inputs), shapes)
-        with dispatch_lock, jax.default_matmul_precision("highest"):  # float32 is float32, also on GPUs
+        key = _key(program, inputs)
+        with dispatch_lock, MATMUL_PRECISION():
             started = time.perf_counter()
             is_new = key not in self._counts
             if is_new:
@@ -230,9 +256,7 @@ class ModelRunner:
 
     def _run_pass(self, step: Step, *, all_logits: bool = False) -> tuple[jax.Array, np.ndarray, Reductions]:
         """(logits [L, V], tokens [S], reductions)."""
-        batch = self.batch(step, all_logits)
-        choice = choice_of([chunk.sequence for chunk in step.chunks], batch.sample_rows.shape[0])
-        (logits, tokens), reductions = self.execute(self._pass, (batch, choice))
+        (logits, tokens), reductions = self.execute(*self.job(step, all_logits=all_logits))
         return logits, np.asarray(tokens), reductions
 
     def _run_loop(self, step: Step, steps: int) -> None:
@@ -261,6 +285,12 @@ class ModelRunner:
         """tokens [steps, S]."""
         for chunk, column in zip(step.chunks, tokens.T, strict=False):
             self._ahead[chunk.sequence.slot] = _Ahead(chunk.sequence, deque(column.tolist()), reductions)
+
+
+def _key(program: Program, inputs: Any) -> Any:
+    """What a program is compiled for."""
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(inputs))
+    return id(program), jax.tree.structure(inputs), shapes
 
 
 def _prompt_logprobs(step: Step, logits: jax.Array) -> list[list[float]]:

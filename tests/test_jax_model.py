@@ -21,6 +21,7 @@ from jax_bridge.parallel import choose_devices
 from jax_bridge.sampler import Choice, sample
 from shared_config import FusionError
 from shared_config.results import Reductions, RequestOutput
+from shared_config.scheduler import Chunk, Sequence, Step
 from tests.reference import CONFIGS, greedy, logits_of, make_model, relative_error, save_model
 
 TOLERANCE = 1e-4  # relative to the largest logit, float32
@@ -213,6 +214,23 @@ def test_cache_is_updated_in_place(base: Any) -> None:
     before = addresses()
     llm.generate(ref.prompt(5), GREEDY)
     assert addresses() == before
+
+
+def test_programs_compiled_ahead_are_not_compiled_again(base: Any, caplog: pytest.LogCaptureFixture) -> None:
+    llm, ref = base
+    runner = llm._session.runner
+    steps = []
+    for length in (40, 100):  # in two programs that no other test asks for
+        sequence = Sequence(0, ref.prompt(length), SamplingParams(temperature=0), slot=1)
+        sequence.pages = list(range(1, 1 + -(-length // runner.settings.page_size)))
+        steps.append(Step(True, (Chunk(sequence, 0, length, True),)))
+    with jax.log_compiles():
+        runner.compile([runner.job(step) for step in steps * 2])
+        assert caplog.text.count("module conversion jit(run_pass)") == 2
+        caplog.clear()
+        for step in steps:
+            assert len(runner.run(step).tokens) == 1
+        assert "jit(run_pass)" not in caplog.text, "lowered or compiled again"
 
 
 def test_stream_stops_and_refusals(base: Any) -> None:
