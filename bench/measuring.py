@@ -73,7 +73,8 @@ def model_config(model: Path | None, preset: str | None, layers: int | None) -> 
 def measure_model(
     spec: ModelSpec, folder: str, machine: Machine
 ) -> tuple[list[ModelRow], dict[str, FusionDecision], list[str]]:
-    """All frameworks' rows with their floors, the fusion decision of each, and notes on what is missing.
+    """All frameworks' rows with their floors, the fusion decision of each, and notes on what is missing
+    and what ran.
 
     Only the peer may be missing: a failure of torch or jax is raised as PartError.
     """
@@ -101,6 +102,7 @@ def measure_model(
             continue
         part = from_plain(ModelPart, answer)
         rows += part.rows
+        notes += [f"{framework}: {note}" for note in part.notes]
         if part.decision is not None:
             decisions[f"{framework} model"] = part.decision
     return with_floors(rows, spec, machine), decisions, notes

@@ -203,15 +203,17 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class ModelPart:
-    """What one framework's part of `model` returns; `decision` is None where there was nothing to decide."""
+    """What one framework's part of `model` returns; `decision` is None where there was nothing to decide. `notes`: what
+    the numbers are of, beyond that."""
 
     rows: tuple[ModelRow, ...]
     decision: FusionDecision | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Result:
-    """`decisions` by part ("torch op"); `created` is UTC; `notes` say what is missing."""
+    """`decisions` by part ("torch op"); `created` is UTC; `notes` say what is missing, and what ran."""
 
     schema_version: int
     created: str

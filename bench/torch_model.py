@@ -20,6 +20,7 @@ from bench.drive import decode_steps, measure
 from bench.result import ModelPart, ModelSpec
 from bench.trace import communication_share
 from core_torch.graphs import DecodeGraphs
+from core_torch.kernels.choice import describe
 from core_torch.layers.mlp import Experts
 from core_torch.runner import ModelRunner
 from core_torch.session import SessionSpec, open_session
@@ -45,7 +46,8 @@ def run(plain: dict[str, Any]) -> dict[str, Any]:
         TorchEngine.open(session.runner) as engine,
     ):
         spec.check_pages(session.runner.num_pages)
-        return to_plain(ModelPart(tuple(measure(engine, spec)), session.decision))
+        notes = (f"kernels {describe(session.kernels)}", session.runner.memory)
+        return to_plain(ModelPart(tuple(measure(engine, spec)), session.decision, notes))
 
 
 class TorchEngine:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from core_torch.batch import build_prefill, pack_decode, unpack_decode
-from core_torch.cache import cache_bytes, make_cache
+from core_torch.cache import KVCache, StateCache, cache_bytes, make_cache
 from core_torch.graphs import DecodeGraphs
 from core_torch.kernels.choice import KernelOptions, choose_kernels, describe
 from core_torch.models.qwen3_next import Qwen3Next
@@ -42,8 +42,6 @@ class ModelRunner:
             [*self.model.modules(), parallel.attention, parallel.mlp, parallel.pieces.paid],
             KernelOptions(dtype, parallel.device, settings.max_num_seqs, compiled=settings.kernels == "auto"),
         )
-        if parallel.device.type == "cuda" and parallel.rank == 0:
-            print(f"crossfuse: kernels {describe(self.kernels)}", file=sys.stderr, flush=True)
         self.num_pages = settings.num_pages or self._affordable_pages(dtype)
         self.cache = make_cache(
             config,
@@ -58,6 +56,36 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         if settings.cuda_graphs and parallel.device.type == "cuda":
             self.graphs = DecodeGraphs(self.model, self.cache, parallel, settings, self.max_pages)
+        self.memory = self._describe_memory()
+        if parallel.device.type == "cuda" and parallel.rank == 0:
+            print(
+                f"crossfuse: kernels {describe(self.kernels)}\ncrossfuse: {self.memory}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _describe_memory(self) -> str:
+        """One line: where this rank's memory is."""
+        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        pages = sum(
+            x.nbytes for cache in self.cache if isinstance(cache, KVCache) for x in (cache.k, cache.v)
+        )
+        states = sum(
+            x.nbytes
+            for cache in self.cache
+            if isinstance(cache, StateCache)
+            for x in (cache.conv, cache.recurrent)
+        )
+        gib = 2**30
+        text = (
+            f"memory of rank {self.parallel.rank}: weights {weights / gib:.1f} GiB, {self.num_pages} KV pages "
+            f"({self.num_pages * self.settings.page_size} tokens) {pages / gib:.1f} GiB, "
+            f"{self.settings.max_num_seqs} states {states / gib:.1f} GiB"
+        )
+        if self.parallel.device.type != "cuda":
+            return text
+        free, total = torch.cuda.mem_get_info(self.parallel.device)
+        return f"{text}, {free / gib:.1f} of {total / gib:.1f} GiB free"
 
     def _affordable_pages(self, dtype: torch.dtype) -> int:
         """Enough pages for every slot at max_model_len, or what fits into the memory that is left."""

@@ -101,7 +101,9 @@ def test_everything_on_cpu(tmp_path: Path) -> None:
             assert 0 < row.communication_share < 1
     assert set(loaded.decisions) == {"torch op", "jax op", "torch model", "jax model"}
     assert all(decision.enabled for decision in loaded.decisions.values())
-    assert loaded.notes == ()
+    kernels, memory = loaded.notes
+    assert kernels.startswith("torch: kernels plain: ")
+    assert memory.startswith("torch: memory of rank 0: weights")
 
     assert {file.name for file in out.iterdir()} == {"result.json", "op.png", "prefill.png", "decode.png"}
     last = json.loads(done.stdout.splitlines()[-1])

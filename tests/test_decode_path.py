@@ -188,6 +188,11 @@ def test_without_a_gpu_the_reason_is_told() -> None:
         assert describe(llm.kernels) == (
             f"plain: {', '.join(NAMES)} (compiled kernels need a CUDA GPU, and this is cpu)"
         )
+    with LLM(TINY, max_model_len=64, dtype="float32", max_num_seqs=4, num_pages=10) as llm:
+        assert llm._session is not None
+        assert llm._session.runner.memory == (
+            "memory of rank 0: weights 0.0 GiB, 10 KV pages (160 tokens) 0.0 GiB, 4 states 0.0 GiB"
+        )
     assert describe({"a": Answer(True), "b": Answer(False, "no")}) == "compiled: a; plain: b (no)"
     with pytest.raises(ValueError, match="kernels must be one of auto, plain"):
         LLM(TINY, kernels="fast")
