@@ -31,26 +31,28 @@ class HeadExchange:
 
     def __init__(self, context: Peers, parts: list[tuple[int, int]]) -> None:
         self.context, self.parts = context, parts
-        self.heads = [len(head_share(heads, context.rank, context.size, "heads")) for heads, _ in parts]
+        self._shares = [head_share(heads, context.rank, context.size, "heads") for heads, _ in parts]
+        self.heads = [len(share) for share in self._shares]
         self.sizes = [own * width for own, (_, width) in zip(self.heads, parts, strict=True)]
 
     def to_heads(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[R, W] -> [T, w]."""
-        size = self.context.size
-        if size == 1:
+        if self.context.size == 1:
             return x
-        columns = []
-        for part, (heads, width) in zip(
-            x.split([heads * width for heads, width in self.parts], dim=-1), self.parts, strict=True
-        ):
-            each = part.unflatten(-1, (heads, width))
-            if heads < size:
-                each = each.repeat_interleave(size // heads, dim=1)
-            columns.append(each.unflatten(1, (size, -1)).flatten(2))
-        shares = torch.cat(columns, dim=-1)  # [R, cp, w]
+        columns = x.split([heads * width for heads, width in self.parts], dim=-1)
         if batch.is_decode:
-            return shares[:, self.context.rank].contiguous()
-        return self.context.all_to_all(shares.transpose(0, 1)).flatten(0, 1)
+            own = zip(columns, self._shares, self.parts, strict=True)
+            return torch.cat([c[:, s.start * width : s.stop * width] for c, s, (_, width) in own], dim=-1)
+        shares = [self._shares_of(c, *part) for c, part in zip(columns, self.parts, strict=True)]
+        return self.context.all_to_all(torch.cat(shares, dim=-1)).flatten(0, 1)
+
+    def _shares_of(self, columns: torch.Tensor, heads: int, width: int) -> torch.Tensor:
+        """[R, heads * width] -> each rank's share of the heads, [cp, R, own heads * width]."""
+        size = self.context.size
+        each = columns.unflatten(-1, (heads, width))
+        if heads < size:
+            each = each.repeat_interleave(size // heads, dim=1)
+        return each.unflatten(1, (size, -1)).flatten(2).transpose(0, 1)
 
     def to_rows(self, out: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[T, v] of own heads -> [R, cp v] of all heads."""
