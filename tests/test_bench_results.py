@@ -213,7 +213,8 @@ def test_readme_says_what_the_committed_results_say() -> None:
 
 
 def test_committed_results_really_fused() -> None:
-    files = sorted((Path(readme.ROOT) / "bench" / "results").glob("*.json"))
+    results = (Path(readme.ROOT) / "bench" / "results").glob("*.json")
+    files = sorted(file for file in results if not file.stem.endswith("-parity"))  # parity has a format of its own
     assert files
     for file in files:
         loaded = Result.load(file)

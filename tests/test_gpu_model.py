@@ -205,6 +205,34 @@ def test_compiled_kernels_are_as_good_as_plain_ones() -> None:
         assert_as_good(llm.generate(PROMPTS, params), plain, truth)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_steps_queued_ahead_choose_the_same_tokens(ranks: int) -> None:
+    """With logits a step waits for the one before it and gathers them; without, its tokens stay on the device and the
+    next step is queued. Requests of different lengths join and leave."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip("needs two CUDA GPUs")
+    lengths = [64, 3, 17, 40, 1, 64, 25, 9]
+    with LLM(TINY, ranks, device="cuda", max_model_len=512, max_num_seqs=6) as llm:
+        waiting, queued = (
+            llm.generate(
+                PROMPTS,
+                [
+                    SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, return_logits=w)
+                    for n in lengths
+                ],
+            )
+            for w in (True, False)
+        )
+        ended = llm.generate(
+            PROMPTS, SamplingParams(temperature=0, max_tokens=200)
+        )  # by what they say, if at all
+    assert [o.token_ids for o in queued] == [o.token_ids for o in waiting]
+    assert [o.reductions for o in queued] == [o.reductions for o in waiting]
+    assert [len(o.token_ids) for o in queued] == lengths
+    for output in ended:
+        assert output.finish_reason == ("length" if len(output.token_ids) == 200 else "stop")
+
+
 def test_one_gpu_is_deterministic_too() -> None:
     """The same bits in batches of 1, 2, 8 and 32, with CUDA graphs."""
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, return_logits=True)
