@@ -15,9 +15,10 @@ This runs as it is on one device, on virtual CPU devices, and fused on GPUs:
 
 op.py           the two reductions                      order.py    one order for independent calls
 reduction.py    their transformations, fused or not     report.py   explain: what is fused, and why not
-opening.py      workspaces and votes for a mesh axis    transports/ the ways into the kernel
+opening.py      workspaces and votes for mesh axes      transports/ the ways into the kernel
 user_kernel.py  your own kernel in JAX                  dlpack.py   tensors from and to PyTorch and CuPy
 llm.py          the model in Flax, as core_torch's      parity/     how equal the two engines are
+mesh.py         a layout's groups as axes of one mesh   pieces.py   rows on their way between them
 
 Importing this imports neither jax nor torch; a name is imported when it is first used.
 """
