@@ -22,7 +22,6 @@ PACKAGES = (
     "apache-tvm-ffi",
     "jax-tvm-ffi",
     "cupy-cuda13x",
-    "fla-core",
     "numpy",
 )
 # Switches that change what is measured. None of them holds a path.

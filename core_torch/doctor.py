@@ -38,7 +38,7 @@ from shared_config.generation import Request
 from shared_config.results import RequestOutput
 
 PACKAGES = (
-    "torch", "triton", "flashinfer-python", "apache-tvm-ffi", "fla-core", "nvidia-nccl-cu13", "jax", "jaxlib",
+    "torch", "triton", "flashinfer-python", "apache-tvm-ffi", "nvidia-nccl-cu13", "jax", "jaxlib",
     "jax-cuda13-plugin", "jax-tvm-ffi", "cupy-cuda13x", "flax", "transformers",
 )  # fmt: skip
 VARIABLES = (

@@ -196,6 +196,16 @@ def test_graphs_read_nothing_that_was_freed() -> None:
     assert_as_good(generate_alone(prompts), eager, truth)
 
 
+def test_long_prompts_are_as_good_in_kernels_as_in_plain_torch() -> None:
+    """Passes of 400 tokens: several sequences in one, and sequences that go on from an earlier pass."""
+    lines = ["x = 1\n", "for i in range(10):\n    print(i)\n", "import os\n"]
+    prompts = [line * count for line, count in zip(lines, (150, 40, 90), strict=True)]
+    options = {"max_step_tokens": 400, "max_model_len": 1024, "max_tokens": 8}
+    truth = generate_alone(prompts, dtype="float32", kernels="plain", cuda_graphs=False, **options)
+    plain = generate_alone(prompts, kernels="plain", **options)
+    assert_as_good(generate_alone(prompts, **options), plain, truth)
+
+
 def test_compiled_kernels_are_as_good_as_plain_ones() -> None:
     truth = generate_alone(PROMPTS, dtype="float32", cuda_graphs=False)
     plain = generate_alone(PROMPTS, kernels="plain", cuda_graphs=False)
