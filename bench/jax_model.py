@@ -26,6 +26,7 @@ from bench.codec import from_plain, to_plain
 from bench.drive import decode_steps, make_sequences, measure, prefill_steps
 from bench.result import ModelPart, ModelSpec
 from bench.trace import COMMUNICATION, covered
+from core_torch.kernels.choice import describe
 from jax_bridge.batch import Batch, build_batch
 from jax_bridge.cache import LayerCache
 from jax_bridge.layers.mlp import Experts
@@ -57,13 +58,15 @@ def run(plain: dict[str, Any]) -> dict[str, Any]:
     if spec.tp == 1:
         with open_session(session_spec, weights) as session:
             rows = measure(JaxEngine(session.runner, "none", spec), spec)
-            return to_plain(ModelPart(tuple(rows), session.decision))
+            notes = (f"kernels {describe(session.kernels)}",)
+            return to_plain(ModelPart(tuple(rows), session.decision, notes))
     with open_session(session_spec, weights) as session:
         rows, decision = measure(JaxEngine(session.runner, "on", spec), spec), session.decision
+        notes = (f"kernels {describe(session.kernels)}",)
     del session  # its cache, before there is another
     with open_session(replace(session_spec, request=FusionRequest(mode="off")), weights) as session:
         rows += measure(JaxEngine(session.runner, "off", spec), spec, like=rows)
-    return to_plain(ModelPart(tuple(rows), decision))
+    return to_plain(ModelPart(tuple(rows), decision, notes))
 
 
 def _loaded_once(spec: ModelSpec, folder: str) -> Weights:

@@ -169,6 +169,7 @@ class ModelRunner:
 
         `execute` finds them in JAX's cache, whose entries live as long as these results.
         """
+        started = time.perf_counter()
         with dispatch_lock, MATMUL_PRECISION():
             different = {_key(*job): job for job in jobs}
             lowered = [
@@ -176,6 +177,11 @@ class ModelRunner:
             ]
         with ThreadPoolExecutor() as pool:
             self._programs += pool.map(lambda one: one.compile(), lowered)
+        if self.parallel.platform == "gpu":
+            took_s = time.perf_counter() - started
+            print(
+                f"crossfuse: compiled {len(lowered)} programs in {took_s:.1f} s", file=sys.stderr, flush=True
+            )
 
     def execute(self, program: Program, inputs: Any) -> tuple[Any, Reductions]:
         """(the program's outputs, the norm reductions in it; a loop's body counts once). Updates the cache."""

@@ -101,7 +101,8 @@ def test_everything_on_cpu(tmp_path: Path) -> None:
             assert 0 < row.communication_share < 1
     assert set(loaded.decisions) == {"torch op", "jax op", "torch model", "jax model"}
     assert all(decision.enabled for decision in loaded.decisions.values())
-    kernels, memory = loaded.notes
+    kernels, memory, jax_kernels = loaded.notes
+    assert jax_kernels.startswith("jax: kernels plain: gdn_decode, ")
     assert kernels.startswith("torch: kernels plain: ")
     assert memory.startswith("torch: memory of rank 0: weights")
 
