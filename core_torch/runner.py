@@ -23,6 +23,10 @@ from shared_config.results import Reductions
 from shared_config.scheduler import Step
 from shared_config.settings import EngineSettings
 
+# Steps whose reductions let the next kernel start early: its weights are on their way meanwhile. All kernels of a step
+# wait for what they read (csrc/device.cuh), and on 2x H200 the bits are the same; more tokens gain nothing.
+MAX_EARLY_TOKENS = 32
+
 
 class ModelRunner:
     """Loads the weights, sizes the cache, runs steps."""
@@ -42,6 +46,9 @@ class ModelRunner:
             [*self.model.modules(), parallel.attention, parallel.mlp, parallel.pieces.paid],
             KernelOptions(dtype, parallel.device, settings.max_num_seqs, compiled=settings.kernels == "auto"),
         )
+        for group in (parallel.attention, parallel.mlp):
+            if group.workspace is not None:
+                group.workspace.max_early_tokens = MAX_EARLY_TOKENS
         self.num_pages = settings.num_pages or self._affordable_pages(dtype)
         self.cache = make_cache(
             config,

@@ -214,7 +214,9 @@ def test_readme_says_what_the_committed_results_say() -> None:
 
 def test_committed_results_really_fused() -> None:
     results = (Path(readme.ROOT) / "bench" / "results").glob("*.json")
-    files = sorted(file for file in results if not file.stem.endswith("-parity"))  # parity has a format of its own
+    files = sorted(
+        file for file in results if not file.stem.endswith("-parity")
+    )  # parity has a format of its own
     assert files
     for file in files:
         loaded = Result.load(file)

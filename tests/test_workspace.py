@@ -94,6 +94,18 @@ def test_a_call_passes_what_this_flashinfer_takes(fake: FakeFlashInfer, dtype: t
         assert call["output"] is not None, "without it FlashInfer allocates one"
 
 
+def test_small_batches_may_let_the_next_kernel_start_early(fake: FakeFlashInfer):
+    def use(workspace: Workspace) -> None:
+        workspace.max_early_tokens = 2
+        fake.calls.clear()
+        for num_tokens in (2, 3):
+            workspace.run(*operands(num_tokens, workspace.rank, BF16), EPS, 1.0)
+
+    with_workspaces(fake, use)
+    asked = {(len(call["input"]), call.get("trigger_completion_at_end")) for call in fake.calls}
+    assert asked == ({(2, None), (3, None)} if is_old(fake) else {(2, False), (3, True)})
+
+
 def test_a_weight_is_folded_once(fake: FakeFlashInfer, monkeypatch: pytest.MonkeyPatch):
     folded = []
     monkeypatch.setattr(

@@ -37,6 +37,7 @@ class Buffers(Protocol):
         weight_bias: float,
         out_residual: Tensor,
         out_normed: Tensor,
+        trigger_completion_at_end: bool = True,
     ) -> None: ...
 
     def raw(self) -> RawKernel: ...
@@ -78,7 +79,9 @@ class ReferenceBuffers:
         weight_bias: float,
         out_residual: Tensor,
         out_normed: Tensor,
+        trigger_completion_at_end: bool = True,
     ) -> None:
+        del trigger_completion_at_end  # there is no kernel
         assert self._gathered is not None
         parts = self._gathered[:, : partial.shape[0]]
         dist.all_gather(list(parts.unbind()), partial, group=self._group)
@@ -150,10 +153,21 @@ class FlashInferBuffers:
         weight_bias: float,
         out_residual: Tensor,
         out_normed: Tensor,
+        trigger_completion_at_end: bool = True,
     ) -> None:
         if weight_bias != 0.0 and not self._api.takes_weight_bias:
             weight, weight_bias = self._fold(weight, weight_bias), 0.0
-        self._api.run(self._workspace, partial, residual, weight, eps, weight_bias, out_residual, out_normed)
+        self._api.run(
+            self._workspace,
+            partial,
+            residual,
+            weight,
+            eps,
+            weight_bias,
+            out_residual,
+            out_normed,
+            trigger_completion_at_end=trigger_completion_at_end,
+        )
 
     def raw(self) -> RawKernel:
         if self._backend != "trtllm":

@@ -179,8 +179,14 @@ class FlashInferApi:
         weight_bias: float,
         out_residual: Tensor,
         out_normed: Tensor,
+        *,
+        trigger_completion_at_end: bool = True,
     ) -> None:
-        """Launches the kernel on the current stream. A `weight_bias` that is not taken must be folded before."""
+        """Launches the kernel on the current stream. A `weight_bias` that is not taken must be folded before.
+
+        `trigger_completion_at_end=False` lets a kernel launched with PDL start early; it must wait by itself.
+        Signalling early gave NaN at batch 1 elsewhere (vLLM 45448): whoever asks for it has measured that it is safe.
+        """
         if weight_bias != 0.0 and not self.takes_weight_bias:
             raise ValueError(
                 f"FlashInfer {self.info.version} takes no weight_bias, got {weight_bias}: fold it"
@@ -191,8 +197,7 @@ class FlashInferApi:
             "workspace": workspace,
             "pattern": self.comm.AllReduceFusionPattern.kARResidualRMSNorm,
             "launch_with_pdl": True,
-            # Signalling early gave NaN at batch 1 elsewhere (vLLM 45448).
-            "trigger_completion_at_end": True,
+            "trigger_completion_at_end": trigger_completion_at_end,
             # The pattern does not write the sum itself; without a tensor here FlashInfer would allocate one.
             "output": out_normed,
             "residual_in": residual,

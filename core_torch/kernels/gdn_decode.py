@@ -16,7 +16,8 @@ from core_torch.kernels.causal_conv import causal_conv_step
 from core_torch.kernels.gated_delta_rule import gated_delta_gates, gated_delta_rule_step
 from core_torch.kernels.norm import gated_rms_norm
 
-MANY_ROWS = 32  # from which on blocks that read longer stretches of memory are faster (bench/results/LOG.md)
+# units_per_block: a block takes a value head's units one after another, and loads ahead. Faster from MANY_ROWS on.
+WHOLE_HEAD, MANY_ROWS = 0, 32
 
 # csrc/gdn_decode.cuh: registers a thread, shared memory, units of 32 columns in a cluster.
 MAX_K_DIM, MAX_V_DIM, TAPS, UNIT_COLUMNS, MAX_UNITS = 128, 256, 4, 32, 32
@@ -68,14 +69,14 @@ def gdn_decode(
     """`gdn_decode_plain` in one kernel that reads and writes each state once; capturable.
 
     Rows of slot 0 (or less) read nothing and leave nothing; their result is that of an empty state. `units_per_block`
-    (1, 2, 4 or, for the fastest, None), `launch_with_pdl` (the kernel may start while the one before it ends) and
-    `ahead` (up to two contiguous tensors, weights that later kernels read, fetched into the L2 cache meanwhile) change
-    the time alone.
+    (1, 2, 4, WHOLE_HEAD or, for the fastest, None), `launch_with_pdl` (the kernel may start while the one before it
+    ends) and `ahead` (up to two contiguous tensors, weights that later kernels read, fetched into the L2 cache
+    meanwhile) change the time alone.
     """
     B = projected.shape[0]
     out = projected.new_empty(B, state.shape[1] * state.shape[3])
     if units_per_block is None:
-        units_per_block = 1 if B < MANY_ROWS else 2
+        units_per_block = 1 if B < MANY_ROWS else WHOLE_HEAD
     native.function("gdn_decode_ahead", projected.device, of="gdn_decode")(
         projected,
         conv,

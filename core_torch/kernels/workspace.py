@@ -63,6 +63,9 @@ class Workspace:
         self.dtype = dtype
         self.device = device
         self.max_tokens = 0
+        # Up to how many tokens the next kernel may be launched while this one runs. It must then wait for it as PDL
+        # asks (cudaGridDependencySynchronize); kernels launched without PDL always do.
+        self.max_early_tokens = 0
         self.closed = False
         self._make_buffers = make_buffers
         self._comm = comm
@@ -116,7 +119,8 @@ class Workspace:
                 f"the workspace takes 1 to {self.max_tokens} tokens, got {num_tokens}; "
                 "call ensure() before capture, or reduce unfused"
             )
-        self._buffers.run(partial, residual, weight, eps, weight_bias, out_residual, out_normed)
+        at_end = num_tokens > self.max_early_tokens
+        self._buffers.run(partial, residual, weight, eps, weight_bias, out_residual, out_normed, at_end)
         return out_residual, out_normed
 
     def raw(self) -> RawKernel:

@@ -132,9 +132,12 @@ __device__ __forceinline__ void cluster_arrive() {
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// The whole meeting; what any block wrote before it, to global memory too, all blocks see after it.
-__device__ __forceinline__ void cluster_sync() {
+// With this first half, what any block did before it, in global memory too, comes before what all do after it.
+__device__ __forceinline__ void cluster_arrive_release() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_sync() {
+  cluster_arrive_release();
   cluster_wait();
 }
 

@@ -21,7 +21,6 @@ namespace crossfuse::paged {
 constexpr int kTileTokens = 16, kWarps = 4, kBlockTokens = kTileTokens * kWarps;
 constexpr int kMaxSplits = 64, kMaxGroup = 8, kMaxSequences = 1024;
 constexpr int kThreads = kWarps * kWarp, kBlocks = 3;  // on a multiprocessor at once
-constexpr int kLine = 64;  // dims in a line of the L2 cache
 constexpr float kNothing = -INFINITY;
 
 struct Params {
@@ -104,32 +103,6 @@ struct Shared {
   int until[kMaxSequences + 1], warp_total[kWarps];
 };
 
-// A chunk of one sequence's tokens and one KV head.
-template <int kDim>
-struct Item {
-  int sequence, head, split, chunk, end;  // the chunk's tokens are split * chunk to end - 1
-
-  __device__ __forceinline__ Item(const Params& p, const Shared<kDim>& shared, int item) : sequence(0) {
-    for (int step = kMaxSequences / 2; step > 0; step /= 2) {
-      if (sequence + step < p.B && shared.until[sequence + step] <= item) sequence += step;
-    }
-    const int length = static_cast<int>(index(p, p.lengths, sequence * p.length_stride));
-    const int chunks = num_chunks(length);
-    chunk = chunk_tokens(length);
-    head = (item - shared.until[sequence]) / chunks;
-    split = (item - shared.until[sequence]) % chunks;
-    end = min((split + 1) * chunk, length);
-  }
-
-  // Where a token's row begins in both caches; past the end the last one stands in.
-  __device__ __forceinline__ int64_t place(const Params& p, int token) const {
-    token = min(token, end - 1);
-    const int64_t page =
-        index(p, p.tables, sequence * p.table_stride + token / p.page_size * p.page_stride) * p.page_size;
-    return ((page + token % p.page_size) * p.G + head) * kDim;
-  }
-};
-
 template <int kDim>
 __global__ void __launch_bounds__(kThreads, kBlocks) attend(const __grid_constant__ Params p) {
   constexpr int kKeyChunks = kDim / 32, kValueChunks = kDim / 64;
@@ -142,8 +115,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks) attend(const __grid_constan
   count_chunks(p, shared.until, shared.warp_total);
 
   for (int item = blockIdx.x; item < shared.until[p.B]; item += gridDim.x) {
-    const Item<kDim> now(p, shared, item);
-    const int sequence = now.sequence, head = now.head, split = now.split, chunk = now.chunk, end = now.end;
+    int sequence = 0;
+    for (int step = kMaxSequences / 2; step > 0; step /= 2) {
+      if (sequence + step < p.B && shared.until[sequence + step] <= item) sequence += step;
+    }
+    const int length = static_cast<int>(index(p, p.lengths, sequence * p.length_stride)),
+              chunk = chunk_tokens(length);
+    const int chunks = num_chunks(length), head = (item - shared.until[sequence]) / chunks;
+    const int split = (item - shared.until[sequence]) % chunks, end = min((split + 1) * chunk, length);
 
     const bf16* query = p.q + sequence * p.q_stride + head * group * kDim;
     for (int i = threadIdx.x * 8; i < kMaxGroup * kDim; i += kThreads * 8) {
@@ -156,7 +135,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks) attend(const __grid_constan
     float maximum = kNothing, sum = 0.0f;  // of query head g; the sum over this lane's tokens
     float values[kValueChunks][4][4] = {};
     for (int first = split * chunk + warp * kTileTokens; first < end; first += kBlockTokens) {
-      const int64_t place = now.place(p, first + lane % kTileTokens);
+      // Lane l < 16 finds where token `first + l` lies; past the end the last one stands in, weighted zero.
+      const int token = min(first + lane % kTileTokens, end - 1);
+      const int64_t page =
+          index(p, p.tables, sequence * p.table_stride + token / p.page_size * p.page_stride) * p.page_size;
+      const int64_t place = ((page + token % p.page_size) * p.G + head) * kDim;
       const auto at = [&](int t) { return __shfl_sync(kAllLanes, place, t); };
 
       const bf16* value[4] = {p.v + at(2 * c) + g * 8, p.v + at(2 * c + 1) + g * 8,
@@ -173,16 +156,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks) attend(const __grid_constan
       for (int i = 0; i < kKeyChunks; ++i) {
         keys[0][i] = load_once(key[0] + i * 32);
         keys[1][i] = load_once(key[1] + i * 32);
-      }
-      const int next = item + gridDim.x;
-      if (first + kBlockTokens >= end && next < shared.until[p.B]) {
-        // The next chunk's first tile: keys in the warp's first half, values in the second.
-        const Item<kDim> then(p, shared, next);
-        const int64_t row =
-            then.place(p, then.split * then.chunk + warp * kTileTokens + lane % kTileTokens);
-#pragma unroll
-        for (int line = 0; line < kDim; line += kLine)
-          prefetch_line((lane < kTileTokens ? p.k : p.v) + row + line);
       }
 
       // Scores [8 heads x 8 tokens], twice; rows 8 to 15 of the tensor cores' operand are zeros.
