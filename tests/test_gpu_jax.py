@@ -167,8 +167,8 @@ def test_exchange_and_own_kernels(ran: Cases) -> None:
     found = ran.result("exchange")
     assert "order the tensors as mesh.devices" in found.pop("wrong_order")
     assert found.pop("cupy_wrong") == 0
-    # 100 executions of 8 kernels: Python runs when XLA captures, not at every step.
-    assert 0 < found.pop("cupy_python_calls") < 100 * 8 / 4
+    # 100 executions of 8 kernels on the same buffers: Python runs when XLA captures, not at every step.
+    assert found.pop("cupy_python_calls") < 100 * 8 / 4
     assert all(found.values()), found
 
 
