@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from bench.presets import PRESETS
 from bench.readme import update_readme
 from bench.report import print_result, summary
 from bench.result import SCHEMA_VERSION, ModelSpec, OpSpec, Result
-from shared_config import FusionDecision
 
 TINY = Path(__file__).parents[1] / "tests" / "data" / "tiny-qwen3-next"
 
@@ -135,27 +135,33 @@ def run_bench(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     machine: Machine = probe_machine(args.device, args.dtype, args.tp)
     device = machine.hardware.device
-    op, model, op_rows, model_rows, notes = None, None, [], [], []
-    decisions: dict[str, FusionDecision] = {}
-    if args.measures_op:
-        op = op_spec(args, device)
-        op_rows, decisions = measure_op(op, machine)
-    if args.measures_model:
-        model, folder = model_spec(args, device)
-        model_rows, more, notes = measure_model(model, folder, machine)
-        decisions |= more
     result = Result(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         revision=args.revision or git_revision(),
         machine=machine,
-        decisions=decisions,
-        notes=tuple(notes),
-        op_spec=op,
-        op=tuple(op_rows),
-        model_spec=model,
-        model=tuple(model_rows),
+        decisions={},
+        notes=(),
+        op_spec=None,
+        op=(),
+        model_spec=None,
+        model=(),
     )
+    if args.measures_op:
+        op = op_spec(args, device)
+        op_rows, decisions = measure_op(op, machine)
+        result = replace(result, op_spec=op, op=tuple(op_rows), decisions=decisions)
+        result.save(args.out / "result.json")  # should the model fail, these minutes are not lost
+    if args.measures_model:
+        model, folder = model_spec(args, device)
+        model_rows, more, notes = measure_model(model, folder, machine)
+        result = replace(
+            result,
+            model_spec=model,
+            model=tuple(model_rows),
+            decisions=result.decisions | more,
+            notes=tuple(notes),
+        )
     result.save(args.out / "result.json")
     print_result(result)
     for file in (args.out / "result.json", *draw(result, args.out)):
