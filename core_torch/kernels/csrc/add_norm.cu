@@ -15,7 +15,8 @@ void run(TensorView summed, Some residual, TensorView weight, Some out_residual,
   const int64_t T = summed.size(0), D = summed.size(1);
   check_dense(weight, "weight", {D});
   check_dense(out_normed, "out_normed", {T, D});
-  for (TensorView x : {summed, weight, out_normed}) check_dtype(x, "summed, weight and out_normed", kBFloat16);
+  for (TensorView x : {summed, weight, out_normed})
+    check_dtype(x, "summed, weight and out_normed", kBFloat16);
   check_devices({summed, weight, out_normed});
   if (residual.has_value() != out_residual.has_value()) {
     TVM_FFI_THROW(ValueError) << "residual and out_residual come together or not at all";

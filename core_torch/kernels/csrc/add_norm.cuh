@@ -1,7 +1,8 @@
-// Residual add and RMSNorm, as ../contract.py has them: the sum rounded to bfloat16 is the new residual, and what
-// is normed.
+// Residual add and RMSNorm, as ../contract.py has them: the sum rounded to bfloat16 is the new residual, and
+// what is normed.
 //
-// Shapes: T tokens, D hidden. A block takes a token, 8 consecutive dims a thread; a sum's order depends on D alone.
+// Shapes: T tokens, D hidden. A block takes a token, 8 consecutive dims a thread; a sum's order depends on D
+// alone.
 #pragma once
 
 #include "device.cuh"
@@ -30,7 +31,8 @@ __device__ __forceinline__ void unpack(float (&x)[8], const uint4& raw) {
 }
 
 __device__ __forceinline__ uint4 pack(const float (&x)[8]) {
-  return make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
+  return make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
+                    pack_bf16(x[6], x[7]));
 }
 
 __global__ void __launch_bounds__(kMaxWarps* kWarp) norm(const __grid_constant__ Params p) {

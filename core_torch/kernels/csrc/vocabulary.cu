@@ -18,8 +18,8 @@ void run_rows(TensorView tokens, TensorView weight, TensorView out, int64_t firs
   check_dtype(out, "out", kBFloat16);
   check_devices({tokens, weight, out});
   if (D % 8 != 0 || count < 0 || count > weight.size(0)) {
-    TVM_FFI_THROW(ValueError) << "the hidden size must be a multiple of 8, and count at most weight's rows; got "
-                              << D << ", and " << count << " of " << weight.size(0);
+    TVM_FFI_THROW(ValueError) << "the hidden size must be a multiple of 8, and count at most weight's rows; "
+                              << "got " << D << ", and " << count << " of " << weight.size(0);
   }
   if (T == 0 || D == 0) return;
   const Rows params{tokens.data_ptr(), is(tokens, kInt64), tokens.stride(0),    data<bf16>(weight),
