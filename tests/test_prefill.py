@@ -1,0 +1,155 @@
+"""Prefill's tables and questions, on CPU: which chunks and cache places a pass has, what its kernels take."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from core_torch.batch import Span, build_prefill
+from core_torch.kernels import gdn_prefill, moe_prefill, triton_kernels
+from core_torch.kernels.flash_prefill import check_flash_prefill, flat_slots, lay_out
+from core_torch.kernels.gdn_prefill import check_gdn_prefill, cut_into_chunks
+from core_torch.kernels.moe_prefill import Tile, Tiles, check_moe_prefill, choose_tiles
+from core_torch.kernels.native import Answer
+from shared_config import ParallelLayout
+from shared_config.layout import RankPlace
+from shared_config.placement import place_step
+from shared_config.sampling import SamplingParams
+from shared_config.scheduler import Chunk, Sequence, Step
+
+CPU = torch.device("cpu")
+
+
+def test_chunks_never_cross_the_end_of_a_sequence() -> None:
+    spans = [Span(0, 130, 0, 3), Span(130, 1, 7, 1), Span(131, 64, 0, 2)]
+    found = cut_into_chunks(spans, CPU)
+    assert found.sequences.tolist() == [[0, 130, 3, 0, 0], [130, 1, 1, 1, 3], [131, 64, 2, 0, 4]]
+    assert found.chunks.tolist() == [[0, 0], [0, 64], [0, 128], [1, 0], [2, 0]]
+    assert found.sequences.dtype == found.chunks.dtype == torch.int32
+    assert found.sequences.is_contiguous()
+    assert found.chunks.is_contiguous()
+
+
+def test_keys_lie_where_the_pages_say() -> None:
+    assert flat_slots([5, 2, 9], 3, 10, 4).tolist() == [23, 8, 9, 10, 11, 36, 37]
+    ragged = lay_out([2, 3], [[5, 2], [7]], [6, 3], 4, CPU)
+    assert ragged.query_ends.tolist() == [0, 2, 5]
+    assert ragged.key_ends.tolist() == [0, 6, 9]
+    assert ragged.key_rows.tolist() == [20, 21, 22, 23, 8, 9, 28, 29, 30]
+    assert (ragged.longest_query, ragged.longest_key) == (3, 6)
+    assert ragged.query_ends.dtype == ragged.key_ends.dtype == torch.int32
+
+
+def sequence(index: int, prompt: list[int], pages: list[int], slot: int) -> Sequence:
+    return Sequence(index, prompt, SamplingParams(max_tokens=1), pages=pages, slot=slot)
+
+
+def test_a_pass_has_its_tables_once_and_padding_is_one_more_sequence() -> None:
+    first, second = sequence(0, list(range(100, 110)), [4, 1, 6], 2), sequence(1, [7, 8, 9], [3], 1)
+    step = Step(True, (Chunk(first, 5, 5, True), Chunk(second, 0, 3, True)))
+    placement = place_step(step, ParallelLayout(), round_up=lambda rows: rows + 2)
+    batch = build_prefill(placement, RankPlace(0, 0, 0, 0, 0, 0), [(0, 4), (1, 2)], page_size=4, device=CPU)
+    assert batch.token_ids.tolist() == [105, 106, 107, 108, 109, 7, 8, 9, 0, 0]
+    assert batch.positions.tolist() == [5, 6, 7, 8, 9, 0, 1, 2, 0, 1]
+    assert batch.kv_slots.tolist() == [5, 6, 7, 24, 25, 12, 13, 14, 0, 1]
+    assert batch.lengths.tolist() == [10, 3, 2]
+    assert batch.state_slots.tolist() == [2, 1, 0]
+    assert batch.page_tables.tolist() == [[4, 1, 6], [3, 0, 0], [0, 0, 0]]
+    assert batch.logit_rows is not None
+    assert batch.logit_rows.tolist() == [4, 7]
+    assert batch.chunks is not None
+    assert batch.chunks.sequences[:, :4].tolist() == [[0, 5, 2, 1], [5, 3, 1, 0], [8, 2, 0, 0]]
+    assert batch.ragged is not None
+    assert batch.ragged.key_rows.tolist() == [16, 17, 18, 19, 4, 5, 6, 7, 24, 25, 12, 13, 14, 0, 1]
+    assert batch.ragged.query_ends.tolist() == [0, 5, 8, 10]
+
+
+GDN = {"num_k_heads": 8, "num_v_heads": 16, "k_dim": 128, "v_dim": 128, "taps": 4, "dtype": torch.bfloat16}
+MOE = {
+    "num_experts": 513,
+    "top_k": 11,
+    "hidden_size": 2048,
+    "intermediate_size": 256,
+    "dtype": torch.bfloat16,
+}
+FLASH = {"num_heads": 8, "num_kv_heads": 1, "head_dim": 256, "dtype": torch.bfloat16}
+CHECKS = [(check_gdn_prefill, GDN), (check_moe_prefill, MOE), (check_flash_prefill, FLASH)]
+
+
+@pytest.mark.parametrize(("check", "shapes"), CHECKS)
+def test_without_a_gpu_the_plain_path_stays(check: Any, shapes: dict[str, Any]) -> None:
+    answer = check(**shapes, device=CPU)
+    assert not answer.usable
+    assert "CUDA" in answer.reason
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    for module in (gdn_prefill, moe_prefill):
+        monkeypatch.setattr(module, "check_triton", lambda device: Answer(True))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    return torch.device("cuda")
+
+
+@pytest.mark.parametrize(("check", "shapes"), CHECKS)
+def test_real_shapes_are_taken(check: Any, shapes: dict[str, Any], on_gpu: torch.device) -> None:
+    assert check(**shapes, device=on_gpu) == Answer(True)
+
+
+@pytest.mark.parametrize(
+    ("check", "shapes", "change", "word"),
+    [
+        (*CHECKS[0], {"dtype": torch.float32}, "float32"),
+        (*CHECKS[0], {"taps": 17}, "17"),
+        (*CHECKS[0], {"v_dim": 64}, "128 and 64"),
+        (*CHECKS[0], {"k_dim": 48, "v_dim": 48}, "48 and 48"),
+        (*CHECKS[0], {"num_v_heads": 12}, "12 on 8"),
+        (*CHECKS[1], {"dtype": torch.float16}, "float16"),
+        (*CHECKS[1], {"num_experts": 1025}, "1025"),
+        (*CHECKS[1], {"top_k": 33}, "33"),
+        (*CHECKS[1], {"hidden_size": 2056}, "2056"),
+        (*CHECKS[1], {"intermediate_size": 24}, "24"),
+        (*CHECKS[2], {"dtype": torch.float32}, "float32"),
+        (*CHECKS[2], {"head_dim": 264}, "264"),
+        (*CHECKS[2], {"num_kv_heads": 3}, "8 on 3"),
+    ],
+)
+def test_other_shapes_are_refused_with_the_number(
+    check: Any, shapes: dict[str, Any], change: dict[str, Any], word: str, on_gpu: torch.device
+) -> None:
+    answer = check(**{**shapes, **change}, device=on_gpu)
+    assert not answer.usable
+    assert word in answer.reason
+
+
+def test_tiles_grow_with_the_tokens_of_an_expert() -> None:
+    assert [choose_tiles(n).tokens for n in (1, 48, 49, 104, 105, 1000)] == [64, 64, 128, 128, 192, 192]
+    with pytest.raises(ValueError, match="tiles of as many tokens"):
+        Tiles(Tile(64, 3, 256, 64, 8, 3), Tile(64, 2, 128, 64, 4, 2))
+
+
+def test_without_triton_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    triton_kernels.require_jit.cache_clear()
+    with pytest.raises(ImportError, match="pip install triton"):
+        triton_kernels.require_jit("moe_prefill")
+
+
+def test_what_triton_compiled_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    class Kernel:
+        __module__ = triton_kernels.JIT + ".moe_prefill"
+
+    class Source:
+        fn = Kernel()
+
+    class Times:
+        total = 1_234_567
+
+    triton_kernels._say(src=Source(), metadata={"name": "route"}, times=Times(), cache_hit=True)
+    triton_kernels._say(src=object(), metadata={"name": "other"}, times=Times(), cache_hit=False)
+    assert capsys.readouterr().err == ""
+    triton_kernels._say(src=Source(), metadata={"name": "route"}, times=Times(), cache_hit=False)
+    assert capsys.readouterr().err == "crossfuse: Triton compiled route in 1.2 s\n"
