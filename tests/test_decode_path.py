@@ -14,7 +14,7 @@ from core_torch import LLM, SamplingParams
 from core_torch.batch import Span
 from core_torch.kernels import allreduce, moe
 from core_torch.kernels import attention as plain_attention
-from core_torch.kernels.choice import KernelOptions, describe
+from core_torch.kernels.choice import KernelOptions, WarmsUp, describe
 from core_torch.kernels.contract import add_rmsnorm
 from core_torch.kernels.flash_prefill import Ragged
 from core_torch.kernels.gdn_decode import gdn_decode_plain
@@ -30,8 +30,8 @@ TINY = Path(__file__).parent / "data/tiny-qwen3-next"
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, return_logits=True)
 PROMPTS = [[5, 6, 7, 8, 9], [3] * 21, [1, 2]]
 NAMES = (
-    "add_norm", "few_rows", "flash_prefill", "gdn_decode", "gdn_prefill", "moe_decode", "moe_prefill", "norm_rope",
-    "paged_decode", "vocabulary"
+    "add_norm", "even_prefill", "few_rows", "flash_prefill", "gdn_decode", "gdn_prefill", "moe_decode", "moe_prefill",
+    "norm_rope", "paged_decode", "vocabulary"
 )  # fmt: skip
 FEW = 8  # tokens that count as few here, so that the prefill of these prompts are many
 
@@ -41,7 +41,7 @@ def paged(q: Any, k: Any, v: Any, tables: Any, lengths: Any, *, scale: float, ga
     return out * gate.sigmoid().view(out.shape)
 
 
-def flash(q: Any, k: Any, v: Any, ragged: Ragged, *, scale: float) -> torch.Tensor:
+def flash(q: Any, k: Any, v: Any, ragged: Ragged, *, scale: float, even: bool) -> torch.Tensor:
     """Each sequence on pages of one token, which are in the order that `ragged` says."""
     keys_of, values_of = (cache.flatten(0, 1)[:, None] for cache in (k, v))
     outs, queries, keys = [], ragged.query_ends.tolist(), ragged.key_ends.tolist()
@@ -58,7 +58,9 @@ def flash(q: Any, k: Any, v: Any, ragged: Ragged, *, scale: float) -> torch.Tens
     return torch.cat(outs)
 
 
-def gdn_of_chunks(projected: Any, conv: Any, state: Any, chunks: Chunks, **weights: Any) -> torch.Tensor:
+def gdn_of_chunks(
+    projected: Any, conv: Any, state: Any, chunks: Chunks, *, carry: Any = None, **weights: Any
+) -> torch.Tensor:
     """The sequences that the table of chunks names."""
     pieces, found = [], []
     for first, rows, slot, goes_on, first_chunk in chunks.sequences.tolist():
@@ -89,7 +91,9 @@ def route_many(logits: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torc
     return routing.weights, routing.experts
 
 
-def experts_of_many(x: Any, weights: Any, chosen: Any, gate_up: Any, down: Any) -> torch.Tensor:
+def experts_of_many(
+    x: Any, weights: Any, chosen: Any, gate_up: Any, down: Any, *, tiles: Any = None
+) -> torch.Tensor:
     return experts(x, weights, chosen, gate_up, down, tiles=None)
 
 
@@ -165,6 +169,17 @@ def test_steps_run_in_kernels_and_give_the_plain_results(
 def first_moe(llm: LLM) -> mlp.SparseMoE:
     assert llm._session is not None
     return next(m for m in llm._session.runner.model.modules() if isinstance(m, mlp.SparseMoE))
+
+
+def test_what_is_compiled_on_its_first_call_can_be_called_ahead(stand_ins: dict[str, int]) -> None:
+    with LLM(TINY, dtype="float32", max_model_len=64) as llm:
+        assert llm._session is not None
+        stand_ins.clear()
+        warm = {type(m): m for m in llm._session.runner.model.modules() if isinstance(m, WarmsUp)}
+        assert set(warm) == {gated_delta_net.GatedDeltaNet, mlp.SparseMoE}
+        for layer in warm.values():
+            layer.warm_up(torch.device("cpu"))
+    assert stand_ins == {"gdn_prefill": 2, "route_prefill": 1, "routed_experts_prefill": 3}
 
 
 def test_the_shared_expert_lies_behind_the_routed_ones(tmp_path: Path) -> None:

@@ -10,7 +10,15 @@ import torch
 
 from core_torch.batch import Span, build_prefill
 from core_torch.kernels import gdn_prefill, moe_prefill, triton_kernels
-from core_torch.kernels.flash_prefill import check_flash_prefill, flat_slots, lay_out
+from core_torch.kernels.attention import attention_reference
+from core_torch.kernels.flash_prefill import (
+    EVEN_BACKENDS,
+    check_even_prefill,
+    check_flash_prefill,
+    even_attention,
+    flat_slots,
+    lay_out,
+)
 from core_torch.kernels.gdn_prefill import check_gdn_prefill, cut_into_chunks
 from core_torch.kernels.moe_prefill import Tile, Tiles, check_moe_prefill, choose_tiles
 from core_torch.kernels.native import Answer
@@ -40,7 +48,25 @@ def test_keys_lie_where_the_pages_say() -> None:
     assert ragged.key_ends.tolist() == [0, 6, 9]
     assert ragged.key_rows.tolist() == [20, 21, 22, 23, 8, 9, 28, 29, 30]
     assert (ragged.longest_query, ragged.longest_key) == (3, 6)
+    assert not ragged.even
     assert ragged.query_ends.dtype == ragged.key_ends.dtype == torch.int32
+
+
+def test_fresh_sequences_of_usual_lengths_are_even() -> None:
+    pages = [list(range(128)), list(range(128, 256))]
+    assert lay_out([1024, 1024], pages, [1024, 1024], 16, CPU).even
+    assert not lay_out([1024, 1024], pages, [1024, 2048], 16, CPU).even
+    assert not lay_out([1024, 1008], pages, [1024, 1008], 16, CPU).even
+    assert not lay_out([512, 512], pages, [512, 512], 16, CPU).even
+
+
+@pytest.mark.parametrize("G", [1, 4])
+def test_even_attention(G: int) -> None:
+    q, k, v = (torch.randn(2 * 48, heads, 32) for heads in (4, G, G))
+    got = even_attention(q, k, v, 48, scale=0.2, backends=EVEN_BACKENDS)
+    for rows in (slice(48), slice(48, None)):
+        want = attention_reference(q[rows], k[rows], v[rows], scale=0.2)
+        assert (got[rows].double() - want).abs().max() < 1e-5
 
 
 def sequence(index: int, prompt: list[int], pages: list[int], slot: int) -> Sequence:
@@ -77,9 +103,10 @@ MOE = {
 }
 FLASH = {"num_heads": 8, "num_kv_heads": 1, "head_dim": 256, "dtype": torch.bfloat16}
 CHECKS = [(check_gdn_prefill, GDN), (check_moe_prefill, MOE), (check_flash_prefill, FLASH)]
+EVERY_CHECK = [*CHECKS, (check_even_prefill, FLASH)]
 
 
-@pytest.mark.parametrize(("check", "shapes"), CHECKS)
+@pytest.mark.parametrize(("check", "shapes"), EVERY_CHECK)
 def test_without_a_gpu_the_plain_path_stays(check: Any, shapes: dict[str, Any]) -> None:
     answer = check(**shapes, device=CPU)
     assert not answer.usable

@@ -48,15 +48,31 @@ class Chooser(Protocol):
         ...
 
 
+@runtime_checkable
+class WarmsUp(Protocol):
+    """A layer with kernels that are compiled on their first call."""
+
+    def warm_up(self, device: torch.device) -> None:
+        """Call each once for every choice of its sizes, on inputs that mean nothing."""
+        ...
+
+
 NOT_ASKED = native.Answer(False, "no kernels were chosen for this model")
 
 
 def choose_kernels(layers: Iterable[object], options: KernelOptions) -> Answers:
-    """Let every layer choose; layers of one kind have the same shapes, and so the same answers."""
+    """Let every layer choose; layers of one kind have the same shapes, and so the same answers.
+
+    What is compiled on its first call is compiled now, not under the first prompt.
+    """
     answers: Answers = {}
+    warm: set[type] = set()
     for layer in layers:
         if isinstance(layer, Chooser):
             answers |= layer.choose_kernels(options)
+        if options.device.type == "cuda" and isinstance(layer, WarmsUp) and type(layer) not in warm:
+            layer.warm_up(options.device)
+            warm.add(type(layer))
     return answers
 
 

@@ -22,7 +22,24 @@ from core_torch.kernels.triton_kernels import check_triton, require_jit
 
 HEAD_DIMS, MAX_HEADS, CHUNK = (16, 32, 64, 128), 64, 64
 MIX_ROWS = 16  # of a chunk and a head that one program convolves; TAPS - 1 at least
-STATE_COLUMNS = 32  # of a head's state that one program carries from chunk to chunk
+FEW_PROGRAMS = 128  # about as many as a GPU runs side by side
+
+
+@dataclass(frozen=True)
+class Carry:
+    """How states go from chunk to chunk: columns of a head's state in one program, its warps and its stages."""
+
+    columns: int
+    warps: int
+    stages: int
+
+
+NARROW, WIDE = Carry(columns=16, warps=4, stages=3), Carry(columns=32, warps=4, stages=2)
+
+
+def choose_carry(states: int, dim: int) -> Carry:
+    """Narrow programs where few states (sequences times value heads) would leave the GPU half empty."""
+    return NARROW if states * dim // WIDE.columns <= FEW_PROGRAMS else WIDE
 
 
 class Piece(Protocol):
@@ -98,14 +115,11 @@ def gdn_prefill(
     dt_bias: Tensor,
     norm_weight: Tensor,
     eps: float,
-    state_columns: int = STATE_COLUMNS,
-    state_warps: int = 4,
-    state_stages: int = 2,
+    carry: Carry | None = None,
 ) -> Tensor:
     """`gdn_prefill_plain` in five kernels, all sequences at once; a sequence's bits do not depend on the others.
 
-    The products of chunks are of bfloat16, summed in float32; states stay float32. `state_columns`, `state_warps` and
-    `state_stages` change the time alone.
+    The products of chunks are of bfloat16, summed in float32; states stay float32. `carry` changes the time alone.
     """
     jit, T = require_jit("gdn_prefill"), projected.shape[0]
     HV, dim = state.shape[1:3]
@@ -137,7 +151,8 @@ def gdn_prefill(
         projected, conv, chunks.sequences, stride, CH=channels, TAPS=taps, BLOCK=block, num_warps=2
     )
     jit.solve[(N, HV)](mixed, decay, beta, reads, values, *tables, **sizes, num_warps=4)
-    columns = min(state_columns, dim)
+    carry = carry or choose_carry(S * HV, dim)
+    columns = min(carry.columns, dim)
     jit.carry[(HV * (dim // columns), S)](
         mixed,
         decay,
@@ -148,8 +163,8 @@ def gdn_prefill(
         chunks.sequences,
         **sizes,
         COLS=columns,
-        num_warps=state_warps,
-        num_stages=state_stages,
+        num_warps=carry.warps,
+        num_stages=carry.stages,
     )
     jit.finish[(N, HV)](
         projected,

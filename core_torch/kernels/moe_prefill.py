@@ -51,9 +51,12 @@ def choose_tiles(tokens_per_expert: float) -> Tiles:
     """The fewest parts of 64 tokens that most experts fit into: an expert's weights then leave memory and L2 once."""
     parts = 1 if tokens_per_expert <= 48 else 2 if tokens_per_expert <= 104 else 3
     return Tiles(
-        gate_up=Tile(rows=64, parts=parts, cols=256, block=64, warps=8, stages=3),
+        gate_up=Tile(rows=64, parts=parts, cols=256, block=64, warps=8, stages=4),
         down=Tile(rows=64, parts=parts, cols=128, block=64, warps=4, stages=2),
     )
+
+
+EVERY_CHOICE = tuple(choose_tiles(tokens) for tokens in (48, 104, 105))
 
 
 def check_moe_prefill(

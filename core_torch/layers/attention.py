@@ -14,7 +14,7 @@ from core_torch.cache import KVCache
 from core_torch.kernels.allreduce import ReduceGroup
 from core_torch.kernels.attention import decode_attention, prefill_attention, write_kv
 from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
-from core_torch.kernels.flash_prefill import check_flash_prefill, flash_prefill
+from core_torch.kernels.flash_prefill import check_even_prefill, check_flash_prefill, flash_prefill
 from core_torch.kernels.norm_rope import check_norm_rope, norm_rope
 from core_torch.kernels.paged_decode import check_paged_decode, paged_decode_attention
 from core_torch.kernels.rope import apply_rotary, rotary_cos_sin
@@ -49,11 +49,16 @@ class GatedAttention(nn.Module):
         self.out_proj = RowParallelLinear(
             heads * self.head_dim, config.hidden_size, group, bias=config.attention_bias
         )
-        self.decodes = self.prefills = NOT_ASKED
+        self.decodes = self.prefills = self.even = NOT_ASKED
         self.ahead: Ahead = (self.out_proj,)
 
     def choose_kernels(self, options: KernelOptions) -> Answers:
         """One kernel writes the cache and another reads it; a step runs both or neither."""
+        heads = {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+        }
         answers = {
             "norm_rope": options.ask(
                 "norm_rope", check_norm_rope, head_dim=self.head_dim, rotary_dim=self.rotary_dim
@@ -61,23 +66,17 @@ class GatedAttention(nn.Module):
             "paged_decode": options.ask(
                 "paged_decode",
                 check_paged_decode,
-                num_heads=self.num_heads,
-                num_kv_heads=self.num_kv_heads,
-                head_dim=self.head_dim,
+                **heads,
                 max_num_seqs=options.max_num_seqs,
             ),
-            "flash_prefill": options.ask(
-                "flash_prefill",
-                check_flash_prefill,
-                num_heads=self.num_heads,
-                num_kv_heads=self.num_kv_heads,
-                head_dim=self.head_dim,
-            ),
+            "flash_prefill": options.ask("flash_prefill", check_flash_prefill, **heads),
+            "even_prefill": options.ask("even_prefill", check_even_prefill, **heads),
         }
         writes = answers["norm_rope"]
-        for name in ("paged_decode", "flash_prefill"):
+        for name in ("paged_decode", "flash_prefill", "even_prefill"):
             answers[name] = answers[name] if writes.usable else writes
         self.decodes, self.prefills = answers["paged_decode"], answers["flash_prefill"]
+        self.even = answers["even_prefill"]
         return answers
 
     def forward(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> PartialSum:
@@ -113,7 +112,7 @@ class GatedAttention(nn.Module):
         gate, scale = projected[:, self.sizes[0] : 2 * self.sizes[0]], self.head_dim**-0.5
         if not batch.is_decode:
             assert batch.ragged is not None  # every prefill pass has it
-            out = flash_prefill(q, cache.k, cache.v, batch.ragged, scale=scale)
+            out = flash_prefill(q, cache.k, cache.v, batch.ragged, scale=scale, even=self.even.usable)
             return out.flatten(1) * gate.sigmoid()
         out = paged_decode_attention(
             q,

@@ -12,12 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from core_torch.batch import Batch
+from core_torch.batch import Batch, Span
 from core_torch.cache import StateCache
 from core_torch.kernels.allreduce import ReduceGroup
 from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.gdn_decode import check_gdn_decode, gdn_decode, gdn_decode_plain
-from core_torch.kernels.gdn_prefill import check_gdn_prefill, gdn_prefill, gdn_prefill_plain
+from core_torch.kernels.gdn_prefill import (
+    NARROW,
+    WIDE,
+    check_gdn_prefill,
+    cut_into_chunks,
+    gdn_prefill,
+    gdn_prefill_plain,
+)
 from core_torch.layers.head_exchange import HeadExchange
 from core_torch.layers.linear import Ahead, Linear, RowParallelLinear
 from core_torch.layers.norm import GatedRMSNorm
@@ -25,6 +32,8 @@ from core_torch.partial_sum import PartialSum
 from core_torch.pieces import Peers
 from shared_config.checkpoint import div_even
 from shared_config.model import Qwen3NextConfig
+
+WARM_UP_TOKENS = 64
 
 
 class CausalConv(nn.Module):
@@ -68,6 +77,19 @@ class GatedDeltaNet(nn.Module):
         self.decodes = options.ask("gdn_decode", check_gdn_decode, **shapes)
         self.prefills = options.ask("gdn_prefill", check_gdn_prefill, **shapes)
         return {"gdn_decode": self.decodes, "gdn_prefill": self.prefills}
+
+    @torch.inference_mode()
+    def warm_up(self, device: torch.device) -> None:
+        if not self.prefills.usable:
+            return
+        channels, taps = self.conv.weight.shape
+        dtype, dim = self.conv.weight.dtype, self.v_dim
+        projected = torch.zeros(WARM_UP_TOKENS, sum(self.sizes), dtype=dtype, device=device)
+        conv = torch.zeros(1, channels, taps - 1, dtype=dtype, device=device)
+        state = torch.zeros(1, self.num_v_heads, dim, dim, device=device)
+        chunks = cut_into_chunks([Span(0, WARM_UP_TOKENS, 0, 0)], device)
+        for carry in (NARROW, WIDE):
+            gdn_prefill(projected, conv, state, chunks, **self._weights(), carry=carry)
 
     def forward(self, x: torch.Tensor, batch: Batch, cache: StateCache) -> PartialSum:
         projected = self.exchange.to_heads(self.in_proj(x), batch)

@@ -13,12 +13,18 @@ from core_torch.kernels.allreduce import ReduceGroup
 from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.moe import route, routed_experts, swiglu
 from core_torch.kernels.moe_decode import MAX_TOKENS, check_moe_decode, route_decode, routed_experts_decode
-from core_torch.kernels.moe_prefill import check_moe_prefill, route_prefill, routed_experts_prefill
+from core_torch.kernels.moe_prefill import (
+    EVERY_CHOICE,
+    check_moe_prefill,
+    route_prefill,
+    routed_experts_prefill,
+)
 from core_torch.layers.linear import Ahead, Linear, Product, RowParallelLinear
 from core_torch.partial_sum import PartialSum
 from shared_config.checkpoint import div_even
 from shared_config.model import Qwen3NextConfig
 
+WARM_UP_TOKENS = 512  # more than the kernels for few tokens and rows take
 ROW_MULTIPLE = 8  # of the router's product: 16 bytes of logits, as cuBLAS's fast kernels want them
 
 
@@ -142,9 +148,7 @@ class SparseMoE(nn.Module):
         if not few and not self.many.usable:
             weights, experts = route(self.gate(x), top_k=self.top_k, normalize=self.normalize)
             return self.experts(x, weights, experts) + self._shared(x)
-        N = len(self.gate.weight)
-        weight = self.gate.weight if self.router_weight is None else self.router_weight
-        logits = self.gate.multiply(x, weight, None)[:, : N + (self.router_weight is not None)]
+        N, logits = len(self.gate.weight), self._logits(x)
         options = {"num_experts": N, "top_k": self.top_k, "normalize": self.normalize}
         if few:
             routing = route_decode(logits, **options)
@@ -152,6 +156,24 @@ class SparseMoE(nn.Module):
         else:
             part = self.experts(x, *route_prefill(logits, **options), many=True)
         return part if self.router_weight is not None else part + self._shared(x)
+
+    @torch.inference_mode()
+    def warm_up(self, device: torch.device) -> None:
+        if not self.many.usable:
+            return
+        N, D = self.gate.weight.shape
+        x = torch.zeros(WARM_UP_TOKENS, D, dtype=self.gate.weight.dtype, device=device)
+        logits = self._logits(x)
+        chosen = route_prefill(logits, num_experts=N, top_k=self.top_k, normalize=self.normalize)
+        own = self.experts.with_shared or (self.experts.gate_up_proj, self.experts.down_proj)
+        for tiles in EVERY_CHOICE:
+            routed_experts_prefill(x, *chosen, *own, tiles=tiles)
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        """The router's [T, N], and the shared expert's gate behind them where it lies there."""
+        if self.router_weight is None:
+            return self.gate(x)
+        return self.gate.multiply(x, self.router_weight, None)[:, : len(self.gate.weight) + 1]
 
     def _shared(self, x: torch.Tensor) -> PartialSum:
         return self.shared_expert(x, scale=self.shared_expert_gate(x).sigmoid())

@@ -14,7 +14,7 @@ LANE_BITS = tl.constexpr(10)  # a sort key is expert << LANE_BITS | place in the
 LOWEST = tl.constexpr(-(2**31))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def route(
     logits,
     weights,
@@ -63,7 +63,7 @@ def route(
     tl.store(experts + places, expert, mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def count(experts, counts, P, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr):
     """counts [chunks, BLOCK_N]: how often each expert was chosen among a chunk's pairs."""
     chunk = tl.program_id(0)
@@ -73,7 +73,7 @@ def count(experts, counts, P, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.
     tl.store(counts + chunk * BLOCK_N + tl.arange(0, BLOCK_N), found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def place(counts, shifts, ends, chunks, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """One program. ends [BLOCK_N]: where each expert's pairs end among all, sorted; shifts [chunks, BLOCK_N]: what to
     add to a pair's place in its sorted chunk to find its place among all."""
@@ -96,7 +96,7 @@ def place(counts, shifts, ends, chunks, BLOCK_N: tl.constexpr, BLOCK_C: tl.const
         before += tl.sum(found, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "num_tiles"])
 def scatter(
     experts,
     shifts,
