@@ -151,18 +151,20 @@ def run_bench(args: argparse.Namespace) -> int:
         op = op_spec(args, device)
         op_rows, decisions = measure_op(op, machine)
         result = replace(result, op_spec=op, op=tuple(op_rows), decisions=decisions)
-        result.save(args.out / "result.json")  # should the model fail, these minutes are not lost
+        result.save(args.out / "result.json")  # should a later part fail, these minutes are not lost
     if args.measures_model:
         model, folder = model_spec(args, device)
-        model_rows, more, notes = measure_model(model, folder, machine)
-        result = replace(
-            result,
-            model_spec=model,
-            model=tuple(model_rows),
-            decisions=result.decisions | more,
-            notes=tuple(notes),
-        )
-    result.save(args.out / "result.json")
+        result = replace(result, model_spec=model)
+        for framework in model.frameworks:
+            alone = replace(model, frameworks=(framework,))
+            model_rows, decisions, notes = measure_model(alone, folder, machine)
+            result = replace(
+                result,
+                model=(*result.model, *model_rows),
+                decisions=result.decisions | decisions,
+                notes=(*result.notes, *notes),
+            )
+            result.save(args.out / "result.json")
     print_result(result)
     for file in (args.out / "result.json", *draw(result, args.out)):
         print(f"written: {file}")
