@@ -75,6 +75,8 @@ def _draw_op(result: Result, file: Path) -> Path:
     sizes = sorted({row.num_tokens for row in result.op})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    for labels in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        labels(lambda us, _: f"{us:g}" if f"{us:e}"[0] in "1235" else "")
     axes.set_xticks(sizes, [str(size) for size in sizes])
     lowest = min(row.timing.low_us for row in result.op)
     axes.set_ylim(bottom=lowest / 3)
@@ -87,39 +89,44 @@ def _draw_op(result: Result, file: Path) -> Path:
 
 
 def _draw_model(result: Result, phase: str, rows: list[ModelRow], file: Path) -> Path:
-    """For each cell the frameworks' bars with their spread, and each bar's own floor as a black line."""
+    """A panel for each cell, whose times differ by orders of magnitude: bars from zero, with their spread, and each
+    bar's own floor as a black line."""
     plt = require_matplotlib()
     cells = sorted({(row.length, row.batch) for row in rows})
     series = list(dict.fromkeys((row.framework, row.fusion) for row in rows))
-    width = 0.8 / len(series)
-    figure, axes = plt.subplots(
-        figsize=(min(14, max(7, 1.2 * len(cells) * len(series))), 5), layout="constrained"
-    )
     hatches = {"torch": "", "jax": "//", "transformers": ".."}
     found = {(row.length, row.batch, row.framework, row.fusion): row for row in rows}
-    for index, (framework, fusion) in enumerate(series):
-        here = [(place, found.get((*cell, framework, fusion))) for place, cell in enumerate(cells)]
-        places = [place - 0.4 + (index + 0.5) * width for place, row in here if row is not None]
-        present = [row for _, row in here if row is not None]
-        heights = [row.timing.median_us / 1e3 for row in present]
-        lower = [(row.timing.median_us - row.timing.low_us) / 1e3 for row in present]
-        upper = [(row.timing.high_us - row.timing.median_us) / 1e3 for row in present]
-        label = framework if fusion == "none" else f"{framework}, fusion {fusion}"
-        axes.bar(
-            places, heights, width * 0.95, yerr=[lower, upper], capsize=3, label=label,
-            color=FUSION_COLORS[fusion], hatch=hatches[framework], edgecolor="white", alpha=0.85,
-        )  # fmt: skip
-        floors = [
-            (place, row.floor_us / 1e3) for place, row in zip(places, present, strict=True) if row.floor_us
-        ]
-        for place, floor in floors:
-            axes.hlines(floor, place - width / 2, place + width / 2, color="black", linewidth=2)
-    axes.plot([], [], color="black", linewidth=2, label="floor")
-    axes.set_xticks(range(len(cells)), [f"batch {batch}\n{length} tokens" for length, batch in cells])
-    axes.set_yscale("log")
-    axes.set(title=model_title(result, phase), ylabel="milliseconds")
-    axes.grid(True, axis="y", which="both", alpha=0.25)
-    figure.legend(loc="outside right upper", fontsize="small")
+    panel = max(1.5, 0.5 * len(series))
+    figure, grid = plt.subplots(
+        1, len(cells), figsize=(max(7.5, panel * len(cells)), 5), layout="constrained", squeeze=False
+    )
+    for axes, (length, batch) in zip(grid[0], cells, strict=True):
+        for place, (framework, fusion) in enumerate(series):
+            row = found.get((length, batch, framework, fusion))
+            if row is None:
+                continue
+            low, middle, high = (
+                us / 1e3 for us in (row.timing.low_us, row.timing.median_us, row.timing.high_us)
+            )
+            axes.bar(
+                place, middle, 0.9, yerr=[[middle - low], [high - middle]], capsize=3,
+                label=framework if fusion == "none" else f"{framework}, fusion {fusion}",
+                color=FUSION_COLORS[fusion], hatch=hatches[framework], edgecolor="white", alpha=0.85,
+            )  # fmt: skip
+            if row.floor_us:
+                floor = row.floor_us / 1e3
+                axes.plot([place - 0.45, place + 0.45], [floor, floor], "k-", linewidth=2, label="floor")
+        axes.set(title=f"batch {batch}, {length} tokens", xticks=[], ylim=(0, None))
+        axes.title.set_fontsize("small")
+        axes.grid(True, axis="y", alpha=0.25)
+    grid[0][0].set_ylabel("milliseconds")
+    figure.suptitle(model_title(result, phase), fontsize="medium")
+    labelled = {
+        label: handle
+        for axes in grid[0]
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(file, dpi=120)
     plt.close(figure)
     return file

@@ -21,7 +21,7 @@ class ByteLimit:
 MEASURED_LIMITS = {
     (90, 2): ByteLimit(
         8 * MIB,
-        "measured on 2x H200, FlashInfer 0.7.2.post1 (bench/results/2xh200.json): at hidden 2048 in bfloat16 fused "
+        "measured on 2x H200, FlashInfer 0.7.2.post1 (bench/results/2xh200-op.json): at hidden 2048 in bfloat16 fused "
         "is 1.08x faster at 2048 tokens and 0.91x at 4096",
     ),
 }
