@@ -120,6 +120,51 @@ __device__ __forceinline__ void prepare_key(const Params& p, int64_t row, int64_
   }
 }
 
+// One unit's state, decayed: k^T S and q^T S of 4 columns over a warp's rows, and that warp's part of q^T k. q reads the
+// new state S + k c^T as q^T S + (q^T k) c^T, so one pass over S will do.
+template <int kRows>
+__device__ __forceinline__ void read_state(float4 (&s)[kRows], float decay, const float* k, const float* q,
+                                           int first_row, int dk, float (&with_k)[4], float (&with_q)[4],
+                                           float& qk) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int r = first_row + i * kRowLanes;
+    const float key = r < dk ? k[r] : 0.0f, query = r < dk ? q[r] : 0.0f;
+    s[i] = make_float4(s[i].x * decay, s[i].y * decay, s[i].z * decay, s[i].w * decay);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      with_k[j] += key * quarter(s[i], j);
+      with_q[j] += query * quarter(s[i], j);
+    }
+    qk += query * key;
+  }
+#pragma unroll
+  for (int step = 8; step < kWarp; step *= 2) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      with_k[j] += __shfl_xor_sync(kAllLanes, with_k[j], step);
+      with_q[j] += __shfl_xor_sync(kAllLanes, with_q[j], step);
+    }
+    qk += __shfl_xor_sync(kAllLanes, qk, step);
+  }
+}
+
+// S + k c^T, to where this thread's columns of the state lie.
+template <int kRows>
+__device__ __forceinline__ void write_state(const float4 (&s)[kRows], const float (&correction)[4],
+                                            const float* k, int first_row, const Params& p, float* state) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int r = first_row + i * kRowLanes;
+    if (r < p.dk) {
+      const float key = k[r];
+      __stcs(reinterpret_cast<float4*>(state + r * p.dv),
+             make_float4(s[i].x + key * correction[0], s[i].y + key * correction[1],
+                         s[i].z + key * correction[2], s[i].w + key * correction[3]));
+    }
+  }
+}
+
 // kRows of the state in one thread, dk <= 16 kRows; kUnits in a block.
 template <int kRows, int kUnits>
 __global__ void __launch_bounds__(kUnits* kUnitThreads, kUnitsResident / kUnits)
@@ -184,30 +229,9 @@ __global__ void __launch_bounds__(kUnits* kUnitThreads, kUnitsResident / kUnits)
   }
   __syncthreads();
 
-  // k^T S, q^T S and q^T k. q reads the new state S + k c^T as q^T S + (q^T k) c^T: one pass over S will do.
   const float decay = shared.decay[unit];
   float with_k[4] = {}, with_q[4] = {}, qk = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int r = first_row + i * kRowLanes;
-    const float key = r < p.dk ? shared.k[r] : 0.0f, query = r < p.dk ? shared.q[r] : 0.0f;
-    s[i] = make_float4(s[i].x * decay, s[i].y * decay, s[i].z * decay, s[i].w * decay);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      with_k[j] += key * quarter(s[i], j);
-      with_q[j] += query * quarter(s[i], j);
-    }
-    qk += query * key;
-  }
-#pragma unroll
-  for (int step = 8; step < kWarp; step *= 2) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      with_k[j] += __shfl_xor_sync(kAllLanes, with_k[j], step);
-      with_q[j] += __shfl_xor_sync(kAllLanes, with_q[j], step);
-    }
-    qk += __shfl_xor_sync(kAllLanes, qk, step);
-  }
+  read_state(s, decay, shared.k, shared.q, first_row, p.dk, with_k, with_q, qk);
   if (lane < 8) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -243,16 +267,7 @@ __global__ void __launch_bounds__(kUnits* kUnitThreads, kUnitsResident / kUnits)
   }
 
   if (live && has_column) {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int r = first_row + i * kRowLanes;
-      if (r < p.dk) {
-        const float key = shared.k[r];
-        __stcs(reinterpret_cast<float4*>(state + r * p.dv),
-               make_float4(s[i].x + key * correction[0], s[i].y + key * correction[1],
-                           s[i].z + key * correction[2], s[i].w + key * correction[3]));
-      }
-    }
+    write_state(s, correction, shared.k, first_row, p, state);
   }
   receive(&shared.mailbox);  // all blocks have read the old inputs by now
 
@@ -353,27 +368,7 @@ __global__ void __launch_bounds__(kUnitThreads, kHeadsResident)
     const bool has_column = first_column + own_column < p.dv;
 
     float with_k[4] = {}, with_q[4] = {}, qk = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int r = first_row + i * kRowLanes;
-      const float key = r < p.dk ? shared.k[r] : 0.0f, query = r < p.dk ? shared.q[r] : 0.0f;
-      s[i] = make_float4(s[i].x * decay, s[i].y * decay, s[i].z * decay, s[i].w * decay);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        with_k[j] += key * quarter(s[i], j);
-        with_q[j] += query * quarter(s[i], j);
-      }
-      qk += query * key;
-    }
-#pragma unroll
-    for (int step = 8; step < kWarp; step *= 2) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        with_k[j] += __shfl_xor_sync(kAllLanes, with_k[j], step);
-        with_q[j] += __shfl_xor_sync(kAllLanes, with_q[j], step);
-      }
-      qk += __shfl_xor_sync(kAllLanes, qk, step);
-    }
+    read_state(s, decay, shared.k, shared.q, first_row, p.dk, with_k, with_q, qk);
     if (lane < 8) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -399,16 +394,7 @@ __global__ void __launch_bounds__(kUnitThreads, kHeadsResident)
       output[j] = has_column ? round_bf16(read + all_qk * correction[j]) : 0.0f;
     }
     if (live && has_column) {
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const int r = first_row + i * kRowLanes;
-        if (r < p.dk) {
-          const float key = shared.k[r];
-          __stcs(reinterpret_cast<float4*>(state + first_column + r * p.dv),
-                 make_float4(s[i].x + key * correction[0], s[i].y + key * correction[1],
-                             s[i].z + key * correction[2], s[i].w + key * correction[3]));
-        }
-      }
+      write_state(s, correction, shared.k, first_row, p, state + first_column);
     }
     if (part == 0) {
       float square =
