@@ -22,47 +22,20 @@ from core_torch.kernels.gdn_decode import WHOLE_HEAD, check_gdn_decode, gdn_deco
 from core_torch.kernels.moe_decode import check_moe_decode, route_decode, routed_experts_decode
 from core_torch.kernels.norm_rope import check_norm_rope, norm_rope, norm_rope_plain
 from core_torch.kernels.paged_decode import check_paged_decode, paged_decode_attention
+from tests.gpu_kernels import (
+    EPS,
+    assert_as_close,
+    captured,
+    copy_bandwidth,
+    distance,
+    median_us,
+    randn,
+    seeded,  # noqa: F401 (a fixture)
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 
 SIZES = (1, 3, 63, 67, 131)
-EPS = 1e-6
-SLACK = 1.1  # times the plain path's distance from float64
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(*shape, device="cuda").to(dtype)
-
-
-def distance(got: Tensor, want: Tensor) -> float:
-    """In the 2-norm, relative; NaN stays NaN and fails every comparison."""
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
-
-
-def assert_as_close(got: Tensor, plain: Tensor, want: Tensor) -> None:
-    mine, base = distance(got, want), distance(plain, want)
-    assert mine <= SLACK * base + 1e-6, (mine, base)
-
-
-def captured(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """`call` in a CUDA graph, after one eager run."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-    return graph, out
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
-    torch.cuda.synchronize()  # a failed kernel fails its own test
 
 
 class Gdn:
@@ -464,37 +437,6 @@ def test_few_rows_in_a_chain_of_graphs() -> None:
         assert torch.equal(out, want)
 
 
-REPLAYS = 7
-COPY_BYTES = 1 << 30
-
-
-def median_us(calls: list[Callable[[], object]]) -> float:
-    """Microseconds a call: all of `calls` in one CUDA graph. Together they touch far more than the L2 cache holds."""
-
-    def chain() -> Tensor:
-        for call in calls:
-            call()
-        return torch.empty(0)
-
-    graph, _ = captured(chain)
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return sorted(times)[REPLAYS // 2]
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second that a kernel reads and writes; a graph's memcpy node is slower."""
-    source = torch.ones(COPY_BYTES // 4, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * COPY_BYTES / (median_us([lambda: torch.add(source, 1, out=target)] * 4) * 1e-6)
-
-
 Row = tuple[str, int, float, float]  # kernel, batch, microseconds, bytes
 
 
@@ -535,7 +477,7 @@ def time_moe(case: Moe, T: int) -> Iterator[Row]:
     us = median_us([partial(moe.route, x, **options) for x in logits])
     yield "moe route plain", T, us, logits[0].nbytes
     routed = [route_decode(x, num_experts=case.N, **options) for x in logits]
-    steps: list[Callable[[], object]] = [
+    steps = [
         partial(routed_experts_decode, x, r.weights, r.experts, case.gate_up, case.down, tiles=r.tiles)
         for (x, _, _), r in zip(batches, routed, strict=True)
     ]

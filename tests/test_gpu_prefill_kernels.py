@@ -48,6 +48,16 @@ from core_torch.kernels.moe_prefill import (
     route_prefill,
     routed_experts_prefill,
 )
+from tests.gpu_kernels import (
+    DEVICE,
+    EPS,
+    assert_as_close,
+    copy_bandwidth,
+    distance,
+    median_us,
+    randn,
+    seeded,  # noqa: F401 (a fixture)
+)
 from tests.triton_interpreter import INTERPRETED, correct_bfloat16
 
 pytestmark = [
@@ -57,35 +67,10 @@ pytestmark = [
     else pytest.mark.gpu,
 ]
 
-DEVICE = "cpu" if INTERPRETED else "cuda"
 SIZES = (1, 3, 67) if INTERPRETED else (1, 3, 63, 67, 1000)
-SLACK = 1.1  # times the plain path's distance from float64
 
 if INTERPRETED:
     correct_bfloat16()
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(*shape, device=DEVICE).to(dtype)
-
-
-def distance(got: Tensor, want: Tensor) -> float:
-    """In the 2-norm, relative; NaN stays NaN and fails every comparison."""
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
-
-
-def assert_as_close(got: Tensor, plain: Tensor, want: Tensor, slack: float = SLACK) -> None:
-    mine, base = distance(got, want), distance(plain, want)
-    assert mine <= slack * base + 1e-6, (mine, base)
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
-    if not INTERPRETED:
-        torch.cuda.synchronize()  # a failed kernel fails its own test
 
 
 class Moe:
@@ -277,7 +262,6 @@ class Gdn:
         return torch.cat(outs).to(DEVICE), state.to(DEVICE)
 
 
-EPS = 1e-6
 GDN_SHAPES = [(2, 4, 32)] if INTERPRETED else [(2, 4, 32), (8, 16, 128), (1, 3, 64)]
 # Many single tokens: in one alone q may be nearly at right angles to k, and bfloat16 leaves little of their product.
 GDN_LENGTHS = [(1,) * 40, (3, 67), (63, 64, 2, 130)]
@@ -417,36 +401,10 @@ def test_cudnn_takes_even_sequences() -> None:
         assert torch.equal(got, case.run(even=True))
 
 
-REPLAYS = 7
-COPY_BYTES = 1 << 30
-
-
-def median_us(calls: list[Callable[[], object]]) -> float:
-    """Microseconds a call: all of `calls` in one CUDA graph. Together they touch far more than the L2 cache holds."""
-    for call in calls:
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return sorted(times)[REPLAYS // 2]
-
-
 def peaks() -> tuple[float, float]:
     """(bytes per second of a device copy, read and written; FLOP/s of a large bfloat16 product)."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").fill_(1)
-    target = torch.empty_like(source)
-    copy_us = median_us([lambda: target.copy_(source)] * 4)
     a, b = randn(8192, 8192), randn(8192, 8192)
-    return 2e6 * COPY_BYTES / copy_us, 2e6 * 8192**3 / median_us([lambda: a @ b] * 4)
+    return copy_bandwidth(), 2e6 * 8192**3 / median_us([lambda: a @ b] * 4)
 
 
 Row = tuple[str, int, float, float, float]  # kernel, tokens, microseconds, bytes, FLOP

@@ -20,26 +20,19 @@ from core_torch.kernels.vocabulary import (
     largest_keys,
     largest_keys_plain,
 )
-from tests.test_gpu_decode_kernels import (
+from tests.gpu_kernels import (
     EPS,
-    SIZES,
     assert_as_close,
     captured,
     copy_bandwidth,
     median_us,
     randn,
+    seeded,  # noqa: F401 (a fixture)
 )
+from tests.test_gpu_decode_kernels import SIZES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 CUDA = torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
-    torch.cuda.synchronize()  # a failed kernel fails its own test
 
 
 @pytest.mark.parametrize("D", [8, 72, 256, 1000, 2048, 5120, 8192])
