@@ -30,11 +30,16 @@ def markdown(table: TableCells) -> str:
 def op_section(result: Result) -> str:
     rows = [row for row in result.op if row.method not in LEFT_OUT]
     samples = rows[0].timing.samples
-    return _section(result, f"{op_title(result)}: microseconds a call, median of {samples}", op_table(rows))
+    title = f"{op_title(result)}: microseconds a call, median of {samples}"
+    return _section(result, title, op_table(rows), {row.framework for row in rows})
 
 
 def model_section(phase: str) -> Callable[[Result], str]:
-    return lambda result: _section(result, model_title(result, phase), model_table(result.model, phase))
+    def section(result: Result) -> str:
+        frameworks = {row.framework for row in result.model if row.phase == phase}
+        return _section(result, model_title(result, phase), model_table(result.model, phase), frameworks)
+
+    return section
 
 
 SECTIONS: dict[str, Callable[[Result], str]] = {
@@ -44,9 +49,9 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
 }
 
 
-def _section(result: Result, title: str, table: TableCells) -> str:
+def _section(result: Result, title: str, table: TableCells, frameworks: set[str]) -> str:
     versions = result.machine.versions
-    names = [*sorted({row.framework for row in (*result.op, *result.model)}), "flashinfer", "nccl"]
+    names = [*sorted(frameworks), "flashinfer", "nccl"]
     used = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
     source = RESULT.relative_to(ROOT).as_posix()
     caption = f"{used}; revision {result.revision}; [{source}]({source})."

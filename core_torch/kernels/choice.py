@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -78,11 +77,12 @@ def choose_kernels(layers: Iterable[object], options: KernelOptions) -> Answers:
 
 def describe(answers: Answers) -> str:
     """One line: what is compiled, and why the rest is not."""
-    compiled = [name for name, answer in sorted(answers.items(), key=itemgetter(0)) if answer.usable]
+    names = sorted(answers)
+    compiled = [name for name in names if answers[name].usable]
     reasons: dict[str, list[str]] = {}
-    for name, answer in sorted(answers.items(), key=itemgetter(0)):
-        if not answer.usable:
-            reasons.setdefault(answer.reason, []).append(name)
+    for name in names:
+        if not answers[name].usable:
+            reasons.setdefault(answers[name].reason, []).append(name)
     parts = [f"compiled: {', '.join(compiled)}"] if compiled else []
     parts += [f"plain: {', '.join(names)} ({reason})" for reason, names in reasons.items()]
     return "; ".join(parts)

@@ -16,7 +16,8 @@ from core_torch.kernels.causal_conv import causal_conv_step
 from core_torch.kernels.gated_delta_rule import gated_delta_gates, gated_delta_rule_step
 from core_torch.kernels.norm import gated_rms_norm
 
-# units_per_block: a block takes a value head's units one after another, and loads ahead. Faster from MANY_ROWS on.
+# units_per_block: a block takes a value head's units one after another, and loads ahead. Meant for MANY_ROWS or more,
+# where the other way waits more than it loads (bench/results/LOG.md).
 WHOLE_HEAD, MANY_ROWS = 0, 32
 
 # csrc/gdn_decode.cuh: registers a thread, shared memory, units of 32 columns in a cluster.

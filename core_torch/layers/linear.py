@@ -18,7 +18,7 @@ from core_torch.partial_sum import PartialSum
 class Product(nn.Module):
     """What the layers below share: weight [O, I], bias, and a compiled product for few tokens."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(outputs), requires_grad=False) if bias else None
@@ -38,9 +38,6 @@ class Product(nn.Module):
 
 class Linear(Product):
     """x [T, I] -> x @ weight.T + bias, [T, O]."""
-
-    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
-        super().__init__(inputs, outputs, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.multiply(x, self.weight, self.bias)

@@ -26,7 +26,7 @@ namespace crossfuse::gdn {
 constexpr int kUnitThreads = 128, kUnitColumns = 32, kRowLanes = 16;
 constexpr int kMaxUnits = 4;          // of a block
 constexpr int kHeadsResident = 4;     // blocks of `decode_heads` on a multiprocessor: 64 KiB of states under way
-constexpr int kUnitsResident = 6;     // on a multiprocessor at once: their states' loads hide one another's waits
+constexpr int kUnitsResident = 6;     // on a multiprocessor at once (five are as fast)
 constexpr int kMaxClusterUnits = 32;  // of a cluster of 8 blocks
 constexpr int kMaxKeyDim = 128, kMaxValueDim = 256, kTaps = 4;
 constexpr float kL2Eps = 1e-6f;
