@@ -14,10 +14,10 @@ from bench.launch import PartError
 from bench.machine import Machine, git_revision
 from bench.measuring import measure_model, measure_op, model_config, probe_machine
 from bench.plots import draw, require_matplotlib
-from bench.presets import PRESETS
 from bench.readme import update_readme
 from bench.report import print_result, summary
 from bench.result import SCHEMA_VERSION, ModelSpec, OpSpec, Result
+from shared_config.presets import PRESETS
 
 TINY = Path(__file__).parents[1] / "tests" / "data" / "tiny-qwen3-next"
 

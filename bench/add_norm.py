@@ -37,6 +37,6 @@ def add_norm(
     block = triton.next_power_of_2(width)
     _add_norm_row[(num_tokens,)](  # pyright: ignore[reportIndexIssue] (untyped)
         summed, residual, weight, out_residual, out_normed, width, eps, BIAS=weight_bias, BLOCK=block,
-        num_warps=min(16, max(4, block // 512)),
+        num_warps=min(16, max(4, block // 512)),  # pyright: ignore[reportCallIssue] (Triton's own)
     )  # fmt: skip
     return out_residual, out_normed

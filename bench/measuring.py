@@ -12,11 +12,11 @@ from bench.codec import from_plain, to_plain
 from bench.floor import Chunk, decode_chunks, floor_us, step_work
 from bench.launch import PartError, run_part
 from bench.machine import Machine
-from bench.presets import PRESETS, with_layers
 from bench.result import ModelPart, ModelRow, ModelSpec, OpPart, OpRow, OpSpec
 from shared_config import FusionDecision, ParallelLayout, Qwen3NextConfig
 from shared_config.checkpoint import plan_checkpoint
 from shared_config.model import read_hf_config
+from shared_config.presets import PRESETS, with_layers
 
 OP_TIMEOUT_S = 300.0
 MODEL_TIMEOUT_S = 900.0

@@ -8,10 +8,10 @@ import time
 from typing import Any
 
 from bench.machine import Machine, Rates
-from bench.presets import PRESETS
 from bench.result import SCHEMA_VERSION, ModelRow, ModelSpec, OpRow, OpSpec, Result
 from bench.stats import Timing
 from shared_config import HardwareInfo
+from shared_config.presets import PRESETS
 from tests.fusion_ranks import decide
 
 

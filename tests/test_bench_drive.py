@@ -10,7 +10,7 @@ import pytest
 
 from bench.drive import decode_steps, make_sequences, measure, prefill_steps
 from bench.measuring import peer_refusal, weight_bytes, with_floors
-from bench.presets import PRESETS, with_layers
+from shared_config.presets import PRESETS, with_layers
 from shared_config.results import Reductions
 from shared_config.scheduler import Sequence, Step
 from tests.bench_cases import model_spec, result

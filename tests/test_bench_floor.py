@@ -6,8 +6,8 @@ import pytest
 
 from bench.floor import Chunk, Work, decode_chunks, floor_us, step_work
 from bench.machine import Rates
-from bench.presets import PRESETS, with_layers
 from shared_config import Qwen3NextConfig
+from shared_config.presets import PRESETS, with_layers
 
 H200 = Rates(memory_bytes_per_s=4.3e12, flops_per_s=788e12, link_bytes_per_s=450e9)
 BIG = Qwen3NextConfig.from_hf(PRESETS["80b"])

@@ -162,6 +162,7 @@ needs_nvcc = pytest.mark.skipif(
     ("name", "functions"),
     [
         ("add_norm", ["add_norm"]),
+        ("cubin", ["load"]),
         ("few_rows", ["few_rows"]),
         ("gdn_decode", ["gdn_decode", "gdn_decode_ahead"]),
         ("moe_decode", ["moe_route", "moe_group", "moe_decode", "moe_decode_ahead"]),

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import re
 import sys
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from core_torch.__main__ import main
 from core_torch.batch import Span, build_prefill
-from core_torch.kernels import gdn_prefill, moe_prefill, triton_kernels
+from core_torch.kernels import gdn_prefill, moe_prefill, native, triton_kernels
 from core_torch.kernels.attention import attention_reference
 from core_torch.kernels.flash_prefill import (
     EVEN_BACKENDS,
@@ -22,13 +30,17 @@ from core_torch.kernels.flash_prefill import (
 from core_torch.kernels.gdn_prefill import check_gdn_prefill, cut_into_chunks
 from core_torch.kernels.moe_prefill import Tile, Tiles, check_moe_prefill, choose_tiles
 from core_torch.kernels.native import Answer
-from shared_config import ParallelLayout
+from core_torch.kernels.triton_kernels import Launch
+from core_torch.prebuild import prefill_kernels
+from shared_config import ParallelLayout, Qwen3NextConfig
 from shared_config.layout import RankPlace
 from shared_config.placement import place_step
+from shared_config.presets import PRESETS
 from shared_config.sampling import SamplingParams
 from shared_config.scheduler import Chunk, Sequence, Step
 
 CPU = torch.device("cpu")
+TINY = Path(__file__).parent / "data/tiny-qwen3-next"
 
 
 def test_chunks_never_cross_the_end_of_a_sequence() -> None:
@@ -158,25 +170,68 @@ def test_tiles_grow_with_the_tokens_of_an_expert() -> None:
         Tiles(Tile(64, 3, 256, 64, 8, 3), Tile(64, 2, 128, 64, 4, 2))
 
 
-def test_without_triton_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    triton_kernels.require_jit.cache_clear()
-    with pytest.raises(ImportError, match="pip install triton"):
-        triton_kernels.require_jit("moe_prefill")
+COMBINE = Launch("moe_prefill", "combine", (5, 1), {"N": 7, "D": 32, "K": 3, "BLOCK_D": 32})
+COMBINED = COMBINE.kernel(["bfloat16", "int32", "bfloat16"], [])
 
 
-def test_what_triton_compiled_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    class Kernel:
-        __module__ = triton_kernels.JIT + ".moe_prefill"
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(native.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.delenv(native.PREBUILT_VARIABLE, raising=False)
+    return tmp_path
 
-    class Source:
-        fn = Kernel()
 
-    class Times:
-        total = 1_234_567
-
-    triton_kernels._say(src=Source(), metadata={"name": "route"}, times=Times(), cache_hit=True)
-    triton_kernels._say(src=object(), metadata={"name": "other"}, times=Times(), cache_hit=False)
+def test_a_kernel_is_compiled_once_and_said_so(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the real Triton, which needs no GPU to compile."""
+    build = partial(triton_kernels.build, COMBINED, "9.0a")
+    file = native.find_or_make(COMBINED.file_name("9.0a"), "moe_prefill", build)
+    assert re.fullmatch(r"crossfuse: Triton compiled combine in \d+\.\d s\n", capsys.readouterr().err)
+    assert native.find_or_make(COMBINED.file_name("9.0a"), "moe_prefill", build) == file
     assert capsys.readouterr().err == ""
-    triton_kernels._say(src=Source(), metadata={"name": "route"}, times=Times(), cache_hit=False)
-    assert capsys.readouterr().err == "crossfuse: Triton compiled route in 1.2 s\n"
+    assert sorted(p.name for p in cache.iterdir()) == [file.name, "moe_prefill.lock"]
+    made = json.loads(file.read_text())
+    assert base64.b64decode(made["cubin"]).startswith(b"\x7fELF")
+    assert (made["name"], made["threads"]) == ("combine", 128)
+    assert made["unused"] >= 0
+
+
+def test_without_triton_the_error_says_how_to_get_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ImportError, match="pip install triton"):
+        triton_kernels.build(COMBINED, "9.0a", cache)
+    assert not any(cache.iterdir())
+
+
+def test_a_file_is_named_by_all_that_its_code_depends_on() -> None:
+    others = [
+        replace(COMBINED, sizes=(("N", 8), *COMBINED.sizes[1:])),
+        replace(COMBINED, warps=8),
+        COMBINE.kernel(["bfloat16", "int64", "bfloat16"], []),
+        COMBINE.kernel(["bfloat16", "int32", "bfloat16"], [1.0]),
+    ]
+    names = {kernel.file_name("9.0a") for kernel in (COMBINED, *others)} | {COMBINED.file_name("10.0a")}
+    assert len(names) == len(others) + 2
+    assert others[-1].scalars == "f"
+    assert replace(COMBINE, grid=(9, 9)).kernel(["bfloat16", "int32", "bfloat16"], []) == COMBINED
+
+
+def test_prebuild_knows_what_the_layers_run() -> None:
+    """On the meta device: each choice of tiles and carries, with the shared expert among the others and without."""
+    kernels = prefill_kernels(Qwen3NextConfig.from_hf(PRESETS["80b"]), tp=2)
+    names = Counter(kernel.name for kernel in kernels)
+    once = dict.fromkeys(("mix", "keep_inputs", "solve", "finish"), 1)
+    twice = dict.fromkeys(("carry", "route", "count", "place", "combine"), 2)
+    assert names == once | twice | {"scatter": 6, "gate_up": 6, "down": 3}
+    assert {dict(k.sizes)["STRIDE"] for k in kernels if k.name == "mix"} == {2 * 8 * 128 + 2 * 16 * 128 + 32}
+    assert {dict(k.sizes)["N"] for k in kernels if k.name == "combine"} == {512, 513}
+
+
+def test_prebuild_compiles_them(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["prebuild", "--arch", "9.0a", "--model", str(TINY), "--tp", "1", "--only", "gdn_prefill"]
+    assert main([*command, "--out", str(cache / "kernels")]) == 0
+    files = sorted((cache / "kernels").iterdir())
+    names = ["carry", "carry", "finish", "keep_inputs", "mix", "solve"]  # wide and narrow
+    assert [file.name.split("-")[1] for file in files] == names
+    assert len(capsys.readouterr().out.splitlines()) == len(files)
+    assert main([*command, "--out", str(cache / "kernels")]) == 0
+    assert capsys.readouterr().err == ""  # what is there is not compiled again

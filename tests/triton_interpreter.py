@@ -34,4 +34,5 @@ def correct_bfloat16() -> None:
             return TensorHandle(((bits + to_even) >> 16).astype(np.uint16), tl.bfloat16)
         return cast(self, src, dst_type)
 
-    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
+    setattr(InterpreterBuilder, "create_dot", create_dot)  # noqa: B010 (untyped as it is)
+    setattr(InterpreterBuilder, "cast_impl", cast_impl)  # noqa: B010

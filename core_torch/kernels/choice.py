@@ -69,7 +69,7 @@ def choose_kernels(layers: Iterable[object], options: KernelOptions) -> Answers:
     for layer in layers:
         if isinstance(layer, Chooser):
             answers |= layer.choose_kernels(options)
-        if options.device.type == "cuda" and isinstance(layer, WarmsUp) and type(layer) not in warm:
+        if options.device.type != "cpu" and isinstance(layer, WarmsUp) and type(layer) not in warm:
             layer.warm_up(options.device)
             warm.add(type(layer))
     return answers

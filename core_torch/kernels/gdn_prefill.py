@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from core_torch.kernels.causal_conv import causal_conv
 from core_torch.kernels.gated_delta_rule import chunk_gated_delta_rule, gated_delta_gates
 from core_torch.kernels.native import Answer, first_failure
 from core_torch.kernels.norm import gated_rms_norm
-from core_torch.kernels.triton_kernels import check_triton, require_jit
+from core_torch.kernels.triton_kernels import Launch, check_triton, launch
 
 HEAD_DIMS, MAX_HEADS, CHUNK = (16, 32, 64, 128), 64, 64
 MIX_ROWS = 16  # of a chunk and a head that one program convolves; TAPS - 1 at least
@@ -63,8 +64,8 @@ class Chunks:
     chunks: Tensor  # [N, 2]
 
 
-def cut_into_chunks(pieces: Sequence[Piece], device: torch.device) -> Chunks:
-    """Chunks of CHUNK rows that never cross a sequence's end."""
+def chunk_tables(pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
+    """(sequences [S, 5], chunks [N, 2]) int32: chunks of CHUNK rows that never cross a sequence's end."""
     counts = np.array([piece.num_tokens for piece in pieces], dtype=np.int32)
     per_piece = -(-counts // CHUNK)
     first_chunk = np.cumsum(per_piece, dtype=np.int32) - per_piece
@@ -72,8 +73,13 @@ def cut_into_chunks(pieces: Sequence[Piece], device: torch.device) -> Chunks:
     sequences = np.column_stack((np.array(rows, dtype=np.int32), first_chunk))
     sequence = np.repeat(np.arange(len(pieces), dtype=np.int32), per_piece)
     at = (np.arange(len(sequence), dtype=np.int32) - first_chunk[sequence]) * CHUNK
-    chunks = np.column_stack((sequence, at))
-    return Chunks(*(torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (sequences, chunks)))
+    return sequences, np.column_stack((sequence, at))
+
+
+def cut_into_chunks(pieces: Sequence[Piece], device: torch.device) -> Chunks:
+    return Chunks(
+        *(torch.from_numpy(np.ascontiguousarray(table)).to(device) for table in chunk_tables(pieces))
+    )
 
 
 def check_gdn_prefill(
@@ -104,6 +110,49 @@ def check_gdn_prefill(
     )
 
 
+class Launches(NamedTuple):
+    """The kernels of `gdn_prefill`, in their order."""
+
+    mix: Launch
+    keep_inputs: Launch
+    solve: Launch
+    carry: Launch
+    finish: Launch
+
+
+def launches(
+    *,
+    num_k_heads: int,
+    num_v_heads: int,
+    dim: int,
+    taps: int,
+    stride: int,
+    num_sequences: int,
+    num_chunks: int,
+    carry: Carry | None = None,
+) -> Launches:
+    """How the kernels of `jit/gdn_prefill.py` run. `stride`: elements from one row of the projections to the next."""
+    H, HV, S, N = num_k_heads, num_v_heads, num_sequences, num_chunks
+    channels = (2 * H + HV) * dim
+    sizes, block = {"H": H, "HV": HV, "DIM": dim, "C": CHUNK}, 256
+    carry = carry or choose_carry(S * HV, dim)
+    columns = min(carry.columns, dim)
+    how = partial(Launch, "gdn_prefill")
+    gates = {"TAPS": taps, "ROWS": MIX_ROWS, "BLOCK_H": 1 << (HV - 1).bit_length()}
+    return Launches(
+        mix=how("mix", (N * (CHUNK // MIX_ROWS), 2 * H + HV + 1), {"STRIDE": stride, **sizes, **gates}),
+        keep_inputs=how(
+            "keep_inputs",
+            (S, -(-channels // block)),
+            {"STRIDE": stride, "CH": channels, "TAPS": taps, "BLOCK": block},
+            warps=2,
+        ),
+        solve=how("solve", (N, HV), sizes),
+        carry=how("carry", (HV * (dim // columns), S), {**sizes, "COLS": columns}, carry.warps, carry.stages),
+        finish=how("finish", (N, HV), {"STRIDE": stride, **sizes}),
+    )
+
+
 def gdn_prefill(
     projected: Tensor,
     conv: Tensor,
@@ -121,66 +170,31 @@ def gdn_prefill(
 
     The products of chunks are of bfloat16, summed in float32; states stay float32. `carry` changes the time alone.
     """
-    jit, T = require_jit("gdn_prefill"), projected.shape[0]
+    T = projected.shape[0]
     HV, dim = state.shape[1:3]
     channels, taps = conv.shape[1], conv.shape[2] + 1
     H, S, N = (channels // dim - HV) // 2, len(chunks.sequences), len(chunks.chunks)
-    sizes = {"H": H, "HV": HV, "DIM": dim, "C": CHUNK}
-    tables, stride = (chunks.chunks, chunks.sequences), projected.stride(0)
+    tables = (chunks.chunks, chunks.sequences)
     mixed, out = projected.new_empty(T, channels), projected.new_empty(T, HV * dim)
-    decay, beta = projected.new_empty(2, T, HV, dtype=torch.float32)
-    reads, values = projected.new_empty(2, T, HV, dim)
+    decay, beta = (projected.new_empty(T, HV, dtype=torch.float32) for _ in range(2))
+    reads, values = (projected.new_empty(T, HV, dim) for _ in range(2))
     before = projected.new_empty(N, HV, dim, dim)
     gates = (conv, conv_weight, a_log, dt_bias)
-    jit.mix[(N * (CHUNK // MIX_ROWS), 2 * H + HV + 1)](
-        projected,
-        *gates,
-        mixed,
-        decay,
-        beta,
-        *tables,
-        stride,
-        **sizes,
-        TAPS=taps,
-        ROWS=MIX_ROWS,
-        BLOCK_H=1 << (HV - 1).bit_length(),
-        num_warps=4,
+    run = launches(
+        num_k_heads=H,
+        num_v_heads=HV,
+        dim=dim,
+        taps=taps,
+        stride=projected.stride(0),
+        num_sequences=S,
+        num_chunks=N,
+        carry=carry,
     )
-    block = 256
-    jit.keep_inputs[(S, -(-channels // block))](
-        projected, conv, chunks.sequences, stride, CH=channels, TAPS=taps, BLOCK=block, num_warps=2
-    )
-    jit.solve[(N, HV)](mixed, decay, beta, reads, values, *tables, **sizes, num_warps=4)
-    carry = carry or choose_carry(S * HV, dim)
-    columns = min(carry.columns, dim)
-    jit.carry[(HV * (dim // columns), S)](
-        mixed,
-        decay,
-        reads,
-        values,
-        before,
-        state,
-        chunks.sequences,
-        **sizes,
-        COLS=columns,
-        num_warps=carry.warps,
-        num_stages=carry.stages,
-    )
-    jit.finish[(N, HV)](
-        projected,
-        mixed,
-        decay,
-        values,
-        before,
-        norm_weight,
-        out,
-        *tables,
-        stride,
-        dim**-0.5,
-        eps,
-        **sizes,
-        num_warps=4,
-    )
+    launch(run.mix, projected, *gates, mixed, decay, beta, *tables)
+    launch(run.keep_inputs, projected, conv, chunks.sequences)
+    launch(run.solve, mixed, decay, beta, reads, values, *tables)
+    launch(run.carry, mixed, decay, reads, values, before, state, chunks.sequences)
+    launch(run.finish, projected, mixed, decay, values, before, norm_weight, out, *tables, dim**-0.5, eps)
     return out
 
 

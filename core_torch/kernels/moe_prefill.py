@@ -7,12 +7,13 @@ the device, so the host runs ahead; and no sum depends on the order in which pro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from core_torch.kernels.native import Answer, first_failure
-from core_torch.kernels.triton_kernels import check_triton, require_jit
+from core_torch.kernels.triton_kernels import Launch, check_triton, launch
 
 MAX_EXPERTS, MAX_CHOICES = 1024, 32
 CHUNK = 1024  # pairs that one program of the sort takes (jit/moe_prefill.py: LANE_BITS)
@@ -92,26 +93,29 @@ def route_prefill(logits: Tensor, *, num_experts: int, top_k: int, normalize: bo
     last column is the gate of a shared expert: it becomes expert number N and choice K of every token, weighted by
     sigmoid(gate). Rows may be strided.
     """
-    jit, T = require_jit("moe_prefill"), logits.shape[0]
-    shared = logits.shape[1] - num_experts
+    T, shared = logits.shape[0], logits.shape[1] - num_experts
     weights = logits.new_empty(T, top_k + shared)
     experts = logits.new_empty(T, top_k + shared, dtype=torch.int32)
-    jit.route[(-(-T // ROUTE_ROWS),)](
-        logits,
-        weights,
-        experts,
-        T,
-        logits.stride(0),
-        N=num_experts,
-        K=top_k,
-        SHARED=shared,
-        NORMALIZE=normalize,
-        ROWS=ROUTE_ROWS,
-        BLOCK_N=_power_of_two(num_experts),
-        BLOCK_K=_power_of_two(top_k + shared),
-        num_warps=4,
-    )
+    run = route_launch(T, logits.stride(0), num_experts, top_k, shared, normalize)
+    launch(run, logits, weights, experts, T)
     return weights, experts
+
+
+def route_launch(
+    num_tokens: int, stride: int, num_experts: int, top_k: int, shared: int, normalize: bool
+) -> Launch:
+    """`stride`: elements from one row of logits to the next; `shared`: 1 for a shared expert's gate behind them."""
+    sizes = {
+        "STRIDE": stride,
+        "N": num_experts,
+        "K": top_k,
+        "SHARED": shared,
+        "NORMALIZE": normalize,
+        "ROWS": ROUTE_ROWS,
+        "BLOCK_N": _power_of_two(num_experts),
+        "BLOCK_K": _power_of_two(top_k + shared),
+    }
+    return Launch("moe_prefill", "route", (-(-num_tokens // ROUTE_ROWS), 1), sizes)
 
 
 @dataclass(frozen=True)
@@ -122,31 +126,42 @@ class Grouping:
     tiles: Tensor
 
 
-def group_by_expert(experts: Tensor, *, num_experts: int, tile_tokens: int) -> Grouping:
-    """A stable counting sort in three kernels. experts [T, K] int32 or int64; ids outside 0..N-1: no expert."""
-    jit, pairs = require_jit("moe_prefill"), experts.numel()
+@dataclass(frozen=True)
+class Sorting:
+    """A stable counting sort of pairs by expert: three kernels, and the sizes of what they write."""
+
+    count: Launch
+    place: Launch
+    scatter: Launch
+    chunks: int
+    bins: int
+    tiles: int  # at most
+
+
+def sorting(pairs: int, num_experts: int, tile_tokens: int) -> Sorting:
     chunks, bins = -(-pairs // CHUNK), _power_of_two(num_experts)
-    counts, shifts = experts.new_empty(2, chunks, bins, dtype=torch.int32)
-    ends = experts.new_empty(bins, dtype=torch.int32)
-    order = experts.new_empty(pairs, dtype=torch.int32)
-    num_tiles = pairs // tile_tokens + min(num_experts, pairs)  # each expert's last tile may be short
-    tiles = experts.new_empty(num_tiles, 4, dtype=torch.int32)
-    sizes = {"N": num_experts, "CHUNK": CHUNK, "BLOCK_N": bins}
-    jit.count[(chunks,)](experts, counts, pairs, **sizes, num_warps=4)
-    jit.place[(1,)](counts, shifts, ends, chunks, BLOCK_N=bins, BLOCK_C=BLOCK_CHUNKS, num_warps=8)
-    jit.scatter[(chunks,)](
-        experts,
-        shifts,
-        ends,
-        order,
-        tiles,
-        pairs,
-        num_tiles,
-        **sizes,
-        TILE=tile_tokens,
-        BLOCK_TILES=BLOCK_TILES,
-        num_warps=4,
+    sizes, how = {"N": num_experts, "CHUNK": CHUNK, "BLOCK_N": bins}, partial(Launch, "moe_prefill")
+    return Sorting(
+        count=how("count", (chunks, 1), sizes),
+        place=how("place", (1, 1), {"BLOCK_N": bins, "BLOCK_C": BLOCK_CHUNKS}, warps=8),
+        scatter=how("scatter", (chunks, 1), {**sizes, "TILE": tile_tokens, "BLOCK_TILES": BLOCK_TILES}),
+        chunks=chunks,
+        bins=bins,
+        tiles=pairs // tile_tokens + min(num_experts, pairs),  # each expert's last tile may be short
     )
+
+
+def group_by_expert(experts: Tensor, *, num_experts: int, tile_tokens: int) -> Grouping:
+    """Pairs sorted by expert. experts [T, K] int32 or int64; ids outside 0..N-1: no expert."""
+    pairs = experts.numel()
+    run = sorting(pairs, num_experts, tile_tokens)
+    counts, shifts = (experts.new_empty(run.chunks, run.bins, dtype=torch.int32) for _ in range(2))
+    ends = experts.new_empty(run.bins, dtype=torch.int32)
+    order = experts.new_empty(pairs, dtype=torch.int32)
+    tiles = experts.new_empty(run.tiles, 4, dtype=torch.int32)
+    launch(run.count, experts, counts, pairs)
+    launch(run.place, counts, shifts, ends, run.chunks)
+    launch(run.scatter, experts, shifts, ends, order, tiles, pairs, run.tiles)
     return Grouping(order, tiles)
 
 
@@ -154,56 +169,49 @@ def gate_up_product(x: Tensor, group: Grouping, gate_up: Tensor, *, top_k: int, 
     """silu(gate(x)) * up(x) of every pair, sorted: x [T, D], gate_up [N, 2I, D] -> [T * top_k, I]."""
     D, I = x.shape[1], gate_up.shape[1] // 2  # noqa: E741
     hidden = x.new_empty(len(group.order), I)
-    require_jit("moe_prefill").gate_up[(len(group.tiles) * -(-2 * I // tile.cols),)](
-        x,
-        group.order,
-        group.tiles,
-        gate_up,
-        hidden,
-        D=D,
-        I=I,
-        K=top_k,
-        ROWS=tile.rows,
-        PARTS=tile.parts,
-        COLS=tile.cols,
-        BLOCK_D=tile.block,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    launch(gate_up_launch(len(group.tiles), D, I, top_k, tile), x, group.order, group.tiles, gate_up, hidden)
     return hidden
+
+
+def gate_up_launch(
+    num_tiles: int, hidden_size: int, intermediate_size: int, top_k: int, tile: Tile
+) -> Launch:
+    sizes = {"D": hidden_size, "I": intermediate_size, "K": top_k, **_tile_sizes(tile), "BLOCK_D": tile.block}
+    grid = num_tiles * -(-2 * intermediate_size // tile.cols), 1
+    return Launch("moe_prefill", "gate_up", grid, sizes, tile.warps, tile.stages)
 
 
 def down_product(hidden: Tensor, group: Grouping, down: Tensor, weights: Tensor, *, tile: Tile) -> Tensor:
     """weight * down(hidden), each pair at its own place: hidden [T * K, I] sorted, down [N, D, I] -> [T * K, D]."""
     D, I = down.shape[1:]  # noqa: E741
     parts = hidden.new_empty(len(hidden), D)
-    require_jit("moe_prefill").down[(len(group.tiles) * -(-D // tile.cols),)](
-        hidden,
-        group.order,
-        group.tiles,
-        down,
-        weights,
-        parts,
-        D=D,
-        I=I,
-        ROWS=tile.rows,
-        PARTS=tile.parts,
-        COLS=tile.cols,
-        BLOCK_I=tile.block,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    operands = hidden, group.order, group.tiles, down, weights, parts
+    launch(down_launch(len(group.tiles), D, I, tile), *operands)
     return parts
+
+
+def down_launch(num_tiles: int, hidden_size: int, intermediate_size: int, tile: Tile) -> Launch:
+    sizes = {"D": hidden_size, "I": intermediate_size, **_tile_sizes(tile), "BLOCK_I": tile.block}
+    grid = num_tiles * -(-hidden_size // tile.cols), 1
+    return Launch("moe_prefill", "down", grid, sizes, tile.warps, tile.stages)
 
 
 def combine(parts: Tensor, experts: Tensor, *, num_experts: int) -> Tensor:
     """The float32 sum of each token's parts [T * K, D], in the order of its choices; those without an expert add 0."""
     (T, K), D = experts.shape, parts.shape[1]
-    out, block = parts.new_empty(T, D), min(_power_of_two(D), 2048)
-    require_jit("moe_prefill").combine[(T, -(-D // block))](
-        parts, experts, out, N=num_experts, D=D, K=K, BLOCK_D=block, num_warps=4
-    )
+    out = parts.new_empty(T, D)
+    launch(combine_launch(T, num_experts, D, K), parts, experts, out)
     return out
+
+
+def combine_launch(num_tokens: int, num_experts: int, hidden_size: int, top_k: int) -> Launch:
+    block = min(_power_of_two(hidden_size), 2048)
+    sizes = {"N": num_experts, "D": hidden_size, "K": top_k, "BLOCK_D": block}
+    return Launch("moe_prefill", "combine", (num_tokens, -(-hidden_size // block)), sizes)
+
+
+def _tile_sizes(tile: Tile) -> dict[str, int]:
+    return {"ROWS": tile.rows, "PARTS": tile.parts, "COLS": tile.cols}
 
 
 def routed_experts_prefill(

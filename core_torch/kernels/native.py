@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,16 @@ from typing import Any
 import torch
 
 CSRC = Path(__file__).with_name("csrc")
-MODULES = ("add_norm", "few_rows", "gdn_decode", "moe_decode", "norm_rope", "paged_decode", "vocabulary")
+MODULES = (
+    "add_norm",
+    "cubin",
+    "few_rows",
+    "gdn_decode",
+    "moe_decode",
+    "norm_rope",
+    "paged_decode",
+    "vocabulary",
+)
 PREBUILT_VARIABLE, CACHE_VARIABLE = "CROSSFUSE_PREBUILT_DIR", "CROSSFUSE_CACHE_DIR"
 MIN_SM = 90  # clusters and programmatic dependent launch
 
@@ -110,8 +119,21 @@ def library_name(name: str, arch: str) -> str:
 
 def find(name: str, arch: str) -> Path | None:
     """The prebuilt or cached library, or None."""
-    file = library_name(name, arch)
+    return find_file(library_name(name, arch))
+
+
+def find_file(file: str) -> Path | None:
     return next((folder / file for folder in search_folders() if (folder / file).is_file()), None)
+
+
+def find_or_make(file: str, lock: str, make: Callable[[Path], Path]) -> Path:
+    """The prebuilt or cached file, or what `make` puts into the cache's folder; processes that start together wait for
+    the first one's."""
+    found = find_file(file)
+    if found is None:
+        with _one_process(cache_dir() / f"{lock}.lock"):
+            found = find_file(file) or make(cache_dir())
+    return found
 
 
 def build(name: str, arch: str, folder: Path) -> Path:
@@ -145,20 +167,14 @@ def check_library(name: str, device: torch.device) -> Answer:
 
 
 def load(name: str, device: torch.device) -> Any:
-    """The module, found or compiled: the same object on every call in a process.
-
-    Compiling takes about ten seconds a module; processes that start together wait for the first one's.
-    """
+    """The module, found or compiled (about ten seconds): the same object on every call in a process."""
     return _load(name, device_arch(device))
 
 
 def _load(name: str, arch: str) -> Any:
     with _lock:
         if (name, arch) not in _loaded:
-            path = find(name, arch)
-            if path is None:
-                with _one_process(cache_dir() / f"{name}.lock"):
-                    path = find(name, arch) or build(name, arch, cache_dir())
+            path = find_or_make(library_name(name, arch), name, functools.partial(build, name, arch))
             _loaded[name, arch] = require_tvm_ffi().load_module(str(path))
         return _loaded[name, arch]
 

@@ -126,6 +126,10 @@ class SparseMoE(nn.Module):
             self.gate, "weight", self.shared_expert_gate, dtype, device, multiple=ROW_MULTIPLE
         )
 
+    def part_with_shared(self) -> None:
+        """From now on the shared expert is computed on its own."""
+        self.experts.with_shared = self.router_weight = None
+
     def choose_kernels(self, options: KernelOptions) -> Answers:
         N, D, local = self.experts.down_proj.shape
         more = self.router_weight is not None

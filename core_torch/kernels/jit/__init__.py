@@ -1,1 +1,1 @@
-"""Triton kernels: import these modules only where Triton is (`triton_kernels.require_jit`)."""
+"""Triton kernels: import these modules only where Triton is; `triton_kernels` compiles and launches them."""

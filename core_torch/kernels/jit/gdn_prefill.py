@@ -1,7 +1,7 @@
 """Gated DeltaNet over the prompts of a pass, in Triton: convolution, gates, chunks in parallel, their states in turn.
 
 Shapes: T rows of all sequences, S sequences, N chunks of C = 64 rows of one sequence (its last one may be short), H key
-heads, HV value heads, dk = dv = DIM head dims, K taps, CH = (2 H + HV) DIM channels; `stride` is the width of a row of
+heads, HV value heads, dk = dv = DIM head dims, K taps, CH = (2 H + HV) DIM channels; `STRIDE` is the width of a row of
 the projection: q, k, v, z, b, a. `mixed` [T, CH] are q, k, v after the convolution, q and k with length one.
 
 sequences [S, 5]: first row, rows, slot, whether it goes on from what the slot holds, first chunk. chunks [N, 2]:
@@ -42,7 +42,7 @@ def mix(
     beta,
     chunks,
     sequences,
-    stride,
+    STRIDE: tl.constexpr,
     H: tl.constexpr,
     HV: tl.constexpr,
     DIM: tl.constexpr,
@@ -66,7 +66,7 @@ def mix(
         rows = first + row
         head = tl.arange(0, BLOCK_H)
         kept = live[:, None] & (head < HV)[None, :]
-        at_b = projected + rows[:, None] * stride + CH + HV * DIM + head[None, :]
+        at_b = projected + rows[:, None] * STRIDE + CH + HV * DIM + head[None, :]
         b = tl.load(at_b, mask=kept, other=0.0).to(tl.float32)
         a = tl.load(at_b + HV, mask=kept, other=0.0).to(tl.float32)
         x = a + tl.load(dt_bias + head, mask=head < HV, other=0.0).to(tl.float32)[None, :]
@@ -84,7 +84,7 @@ def mix(
     for back in tl.static_range(TAPS):
         weight = tl.load(conv_weight + channel * TAPS + (TAPS - 1 - back)).to(tl.float32)
         kept = (live & (row >= back))[:, None]
-        x = tl.load(projected + (rows - back)[:, None] * stride + channel[None, :], mask=kept, other=0.0)
+        x = tl.load(projected + (rows - back)[:, None] * STRIDE + channel[None, :], mask=kept, other=0.0)
         total += x.to(tl.float32) * weight[None, :]
     if (at + part == 0) & (tl.load(sequences + sequence * 5 + 3) > 0):
         slot = tl.load(sequences + sequence * 5 + 2).to(tl.int64)
@@ -102,7 +102,13 @@ def mix(
 
 @triton.jit
 def keep_inputs(
-    projected, conv, sequences, stride, CH: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr
+    projected,
+    conv,
+    sequences,
+    STRIDE: tl.constexpr,
+    CH: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """The last TAPS - 1 inputs of each sequence into its slot; `mix` must have read what lay there."""
     sequence = tl.program_id(0)
@@ -116,7 +122,7 @@ def keep_inputs(
     # A place is written after those that it is read for: a short chunk moves old inputs towards the front.
     for place in tl.static_range(TAPS - 1):
         row = count - (TAPS - 1) + place
-        new = tl.load(projected + (first + row) * stride + channel, mask=inside & (row >= 0), other=0.0)
+        new = tl.load(projected + (first + row) * STRIDE + channel, mask=inside & (row >= 0), other=0.0)
         old = tl.load(state + row + (TAPS - 1), mask=inside & (row < 0) & goes_on, other=0.0)
         tl.store(state + place, tl.where(row >= 0, new, old), mask=inside)
 
@@ -247,9 +253,9 @@ def finish(
     out,
     chunks,
     sequences,
-    stride,
     scale,
     eps,
+    STRIDE: tl.constexpr,
     H: tl.constexpr,
     HV: tl.constexpr,
     DIM: tl.constexpr,
@@ -279,7 +285,7 @@ def finish(
     o = tl.dot(scores.to(tl.bfloat16), value, o) * scale
 
     normed = o * tl.rsqrt(tl.sum(o * o, axis=1) / DIM + eps)[:, None]
-    z = tl.load(projected + rows[:, None] * stride + (CH + place)[None, :], mask=kept, other=0.0).to(
+    z = tl.load(projected + rows[:, None] * STRIDE + (CH + place)[None, :], mask=kept, other=0.0).to(
         tl.float32
     )
     weight = tl.load(norm_weight + dim).to(tl.float32)

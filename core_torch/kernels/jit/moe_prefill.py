@@ -14,13 +14,13 @@ LANE_BITS = tl.constexpr(10)  # a sort key is expert << LANE_BITS | place in the
 LOWEST = tl.constexpr(-(2**31))
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
 def route(
     logits,
     weights,
     experts,
     T,
-    stride,
+    STRIDE: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     SHARED: tl.constexpr,
@@ -34,7 +34,7 @@ def route(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < T
     cols = tl.arange(0, BLOCK_N)
-    at = logits + tl.minimum(rows, T - 1).to(tl.int64)[:, None] * stride
+    at = logits + tl.minimum(rows, T - 1).to(tl.int64)[:, None] * STRIDE
     x = tl.load(at + cols[None, :], mask=(cols < N)[None, :], other=float("-inf"))
     bits = x.to(tl.int16, bitcast=True).to(tl.int32)
     ordered = tl.where(bits < 0, bits ^ 0x7FFF, bits)
@@ -63,7 +63,7 @@ def route(
     tl.store(experts + places, expert, mask=kept)
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit
 def count(experts, counts, P, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr):
     """counts [chunks, BLOCK_N]: how often each expert was chosen among a chunk's pairs."""
     chunk = tl.program_id(0)
@@ -73,7 +73,7 @@ def count(experts, counts, P, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.
     tl.store(counts + chunk * BLOCK_N + tl.arange(0, BLOCK_N), found)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit
 def place(counts, shifts, ends, chunks, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """One program. ends [BLOCK_N]: where each expert's pairs end among all, sorted; shifts [chunks, BLOCK_N]: what to
     add to a pair's place in its sorted chunk to find its place among all."""
@@ -96,7 +96,7 @@ def place(counts, shifts, ends, chunks, BLOCK_N: tl.constexpr, BLOCK_C: tl.const
         before += tl.sum(found, axis=0)
 
 
-@triton.jit(do_not_specialize=["P", "num_tiles"])
+@triton.jit
 def scatter(
     experts,
     shifts,
