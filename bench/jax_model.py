@@ -216,14 +216,10 @@ def _watched_experts() -> Iterator[list[jax.Array]]:
     original: Callable[..., Any] = Experts.__call__
 
     def call(
-        self: Experts,
-        x: jax.Array,
-        weights: jax.Array,
-        experts: jax.Array,
-        tiles: jax.Array | None = None,
+        self: Experts, x: jax.Array, weights: jax.Array, experts: jax.Array, *rest: Any, **how: Any
     ) -> Any:
         seen.append(experts)
-        return original(self, x, weights, experts, tiles)
+        return original(self, x, weights, experts, *rest, **how)
 
     Experts.__call__ = call
     try:

@@ -13,7 +13,7 @@ after another (`own` takes a rank's); what is wanted of them is one list, in the
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32, Shaped
 
+from core_torch.kernels.gdn_prefill import CHUNK, chunk_tables
 from jax_bridge.axes import MeshAxis
 from shared_config.layout import ParallelLayout
 from shared_config.placement import place_step
@@ -37,13 +38,17 @@ class Spans:
     """Where the chunks of a prefill pass lie: chunk s has `counts[s]` tokens, from position `starts[s]` on.
 
     `rows` are the flat rows of each chunk's tokens (padding points at row 0), `places` the way back: row t is
-    element `places[t]` of the chunks laid out as [S * C].
+    element `places[t]` of the chunks laid out as [S * C]. `sequences` and `pieces` are the tables of `gdn_prefill`, in
+    which the rows that pad the pass are one more sequence, and pieces behind a sequence's end fill up.
     """
 
     starts: Int32[Array, " S"]
     counts: Int32[Array, " S"]
     rows: Int32[Array, "S C"]
     places: Int32[Array, " T"]
+    sequences: Int32[Array, "S+1 5"]
+    pieces: Int32[Array, "N 2"]
+    fresh: bool = field(metadata={"static": True})  # every chunk is its sequence's first
 
     def split(self, x: Shaped[Array, "T ..."]) -> Shaped[Array, "S C ..."]:
         """Rows as chunks."""
@@ -162,6 +167,7 @@ def _build_pass(part: Step, step: Step, page_size: int, T: int, S: int, C: int, 
     token_ids, positions, kv_slots = zeros(T), zeros(T), zeros(T)
     tables, lengths, slots, starts, counts = zeros(S, P), zeros(S) + 1, zeros(S), zeros(S), zeros(S)
     chunk_rows, places = zeros(S, C), zeros(T)
+    fresh = all(chunk.start == 0 for chunk in step.chunks)  # of all ranks: their passes are alike
     numbers = {id(chunk): number for number, chunk in enumerate(step.chunks)}
     first = 0
     for i, chunk in enumerate(chunks):
@@ -185,5 +191,29 @@ def _build_pass(part: Step, step: Step, page_size: int, T: int, S: int, C: int, 
         order=_padded((numbers[id(chunk)] for chunk in chunks), S),
         logit_rows=zeros(0),
         sample_rows=zeros(0),
-        spans=Spans(starts, counts, chunk_rows, places) if step.prefill else None,
+        spans=Spans(starts, counts, chunk_rows, places, *_tables(counts, slots, starts, T), fresh)
+        if step.prefill
+        else None,
     )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """See `core_torch.kernels.gdn_prefill.Piece`."""
+
+    first: int
+    num_tokens: int
+    slot: int
+    start: int
+
+
+def _tables(counts: Any, slots: Any, starts: Any, T: int) -> tuple[Any, Any]:
+    firsts = np.concatenate(([0], np.cumsum(counts)))
+    padding = (T - firsts[-1], 0, 0)
+    sizes = [*zip(counts, slots, starts, strict=True), padding]
+    sequences, pieces = chunk_tables(
+        [_Piece(int(first), *map(int, rest)) for first, rest in zip(firsts, sizes, strict=True)]
+    )
+    room = T // CHUNK + len(sequences)  # a sequence's last piece may be short
+    nothing = np.tile(np.array([0, T], np.int32), (room - len(pieces), 1))
+    return sequences, np.concatenate((pieces, nothing))

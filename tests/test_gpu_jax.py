@@ -57,7 +57,7 @@ class Cases:
             environment = {
                 **os.environ,
                 "XLA_FLAGS": xla_flags,
-                "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4",
+                "XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.4"),
                 "CROSSFUSE_TEST_DUMP": str(folder / "dump"),
             }
             if processes == 1:

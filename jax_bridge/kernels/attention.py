@@ -9,9 +9,14 @@ order. Page 0 belongs to nobody: padding rows write there and tables are filled 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import torch
 from jaxtyping import Array, Float, Int32
+
+from core_torch.kernels.native import Answer
 
 MAX_SCORES = 1 << 28  # float32 scores that prefill holds at a time, 1 GiB
 
@@ -56,6 +61,44 @@ def prefill_attention(
 
     pieces = q.reshape(S, -1, step, H, d).swapaxes(0, 1), rows.reshape(S, -1, step).swapaxes(0, 1)
     return jax.lax.map(some_rows, pieces).swapaxes(0, 1).reshape(q.shape)
+
+
+def fresh_attention(
+    q: Float[Array, "S C H d"],
+    k: Float[Array, "S C G d"],
+    v: Float[Array, "S C G d"],
+    counts: Int32[Array, " S"],
+    *,
+    scale: float,
+) -> Float[Array, "S C H d"]:
+    """Chunks that are their sequences' first, of counts[s] tokens each, by cuDNN; behind those anything may come."""
+    counts = jnp.maximum(counts, 1)
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=scale,
+        is_causal=True,
+        query_seq_lengths=counts,
+        key_value_seq_lengths=counts,
+        implementation="cudnn",
+    )
+
+
+def check_fresh_attention(
+    *, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> Answer:
+    """Whether cuDNN takes this rank's heads: it is tried, on one token block. Ask once and keep the answer."""
+    if device.type != "cuda":
+        return Answer(False, f"compiled kernels need a CUDA GPU, and this is {device}")
+    name = str(dtype).removeprefix("torch.")
+    q, k = (jnp.zeros((1, 64, heads, head_dim), name) for heads in (num_heads, num_kv_heads))
+    try:
+        run = jax.jit(functools.partial(fresh_attention, scale=1.0))
+        jax.block_until_ready(run(q, k, k, jnp.full(1, 64, jnp.int32)))
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        return Answer(False, f"cuDNN refuses these heads: {str(error).splitlines()[0]}")
+    return Answer(True)
 
 
 def decode_attention(

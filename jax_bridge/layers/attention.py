@@ -19,7 +19,13 @@ from jax_bridge.axes import MeshAxis
 from jax_bridge.batch import Batch
 from jax_bridge.cache import KVCache
 from jax_bridge.kernels.activation import sigmoid
-from jax_bridge.kernels.attention import decode_attention, prefill_attention, write_kv
+from jax_bridge.kernels.attention import (
+    check_fresh_attention,
+    decode_attention,
+    fresh_attention,
+    prefill_attention,
+    write_kv,
+)
 from jax_bridge.kernels.norm_rope import norm_rope
 from jax_bridge.kernels.paged_decode import paged_decode_attention
 from jax_bridge.kernels.rope import apply_rotary, rotary_cos_sin
@@ -53,7 +59,7 @@ class GatedAttention(nnx.Module):
         self.out_proj = RowParallelLinear(
             heads * self.head_dim, config.hidden_size, axis, bias=config.attention_bias
         )
-        self.compiled = NOT_ASKED
+        self.compiled = self.fresh = NOT_ASKED
 
     def choose_kernels(self, options: KernelOptions) -> Answers:
         """One kernel writes the cache and the other reads it; a decode step runs both or neither."""
@@ -71,7 +77,14 @@ class GatedAttention(nnx.Module):
             ),
         }
         self.compiled = next((a for a in answers.values() if not a.usable), answers["paged_decode"])
-        return dict.fromkeys(answers, self.compiled)
+        self.fresh = options.ask(
+            "fresh_prefill",
+            check_fresh_attention,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+        )
+        return {**dict.fromkeys(answers, self.compiled), "fresh_prefill": self.fresh}
 
     def __call__(self, x: Float[Array, "R D"], batch: Batch, cache: KVCache) -> tuple[PartialSum, KVCache]:
         projected = self.exchange.to_heads(self.in_proj(x), batch)
@@ -86,7 +99,12 @@ class GatedAttention(nnx.Module):
         cos, sin = rotary_cos_sin(batch.positions, rotary_dim=self.rotary_dim, theta=self.rope_theta)
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         cache = KVCache(*write_kv(k, v, cache.k, cache.v, batch.kv_slots))
-        out = self._attend(q, batch, cache)
+        spans = batch.spans
+        if spans is not None and spans.fresh and self.fresh.usable:
+            q, k, v = map(spans.split, (q, k, v))
+            out = spans.join(fresh_attention(q, k, v, spans.counts, scale=self.head_dim**-0.5))
+        else:
+            out = self._attend(q, batch, cache)
         return self.out_proj(self.exchange.to_rows(out.reshape(T, -1) * sigmoid(gate), batch)), cache
 
     def _decode(self, projected: jax.Array, batch: Batch, cache: KVCache) -> tuple[jax.Array, KVCache]:

@@ -9,20 +9,24 @@ dk, dv head dims, X = 2 H dk + HV dv channels.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import torch
 from flax import nnx
 from jaxtyping import Array, Float
 
 from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.gdn_decode import check_gdn_decode
+from core_torch.kernels.gdn_prefill import check_gdn_prefill
 from jax_bridge.axes import MeshAxis
 from jax_bridge.batch import Batch, Spans
 from jax_bridge.cache import StateCache
 from jax_bridge.kernels.causal_conv import causal_conv
 from jax_bridge.kernels.gated_delta_rule import chunk_gated_delta_rule, gated_delta_gates
 from jax_bridge.kernels.gdn_decode import gdn_decode, gdn_decode_plain
+from jax_bridge.kernels.gdn_prefill import gdn_prefill
 from jax_bridge.layers.head_exchange import HeadExchange, split_sizes
 from jax_bridge.layers.linear import Linear, RowParallelLinear
 from jax_bridge.layers.norm import GatedRMSNorm
@@ -60,30 +64,33 @@ class GatedDeltaNet(nnx.Module):
         self.dt_bias = parameter(self.num_v_heads, split={0: own_heads})
         self.norm = GatedRMSNorm(self.v_dim, config.rms_norm_eps)
         self.out_proj = RowParallelLinear(v_heads * self.v_dim, config.hidden_size, axis)
-        self.compiled = NOT_ASKED
+        self.decodes = self.prefills = NOT_ASKED
+        self.device: torch.device | None = None  # a GPU of this process, once kernels are chosen
 
     def choose_kernels(self, options: KernelOptions) -> Answers:
-        self.compiled = options.ask(
-            "gdn_decode",
-            check_gdn_decode,
-            num_k_heads=self.num_k_heads,
-            num_v_heads=self.num_v_heads,
-            k_dim=self.k_dim,
-            v_dim=self.v_dim,
-            taps=self.conv.weight.shape[1],
-        )
-        return {"gdn_decode": self.compiled}
+        shapes = {
+            "num_k_heads": self.num_k_heads,
+            "num_v_heads": self.num_v_heads,
+            "k_dim": self.k_dim,
+            "v_dim": self.v_dim,
+            "taps": self.conv.weight.shape[1],
+        }
+        self.decodes = options.ask("gdn_decode", check_gdn_decode, **shapes)
+        self.prefills = options.ask("gdn_prefill", check_gdn_prefill, **shapes)
+        self.device = options.device
+        return {"gdn_decode": self.decodes, "gdn_prefill": self.prefills}
 
     def __call__(
         self, x: Float[Array, "R D"], batch: Batch, cache: StateCache
     ) -> tuple[PartialSum, StateCache]:
         projected = self.exchange.to_heads(self.in_proj(x), batch)
-        if batch.spans is None:
-            out, cache = self._decode(projected, batch, cache)
+        if batch.spans is None or self.prefills.usable:
+            mix = self._decode if batch.spans is None else self._prefill
+            out, cache = mix(projected, batch, cache)
             return self.out_proj(self.exchange.to_rows(out, batch)), cache
         qkv, z, b, a = split_sizes(projected, self.sizes)
         g, beta = gated_delta_gates(a, b, self.A_log[...], self.dt_bias[...])
-        out, cache = self._prefill(qkv, g, beta, batch, batch.spans, cache)
+        out, cache = self._prefill_plain(qkv, g, beta, batch, batch.spans, cache)
         normed = self.norm(out, z.reshape(out.shape)).reshape(out.shape[0], -1)
         return self.out_proj(self.exchange.to_rows(normed, batch)), cache
 
@@ -96,22 +103,30 @@ class GatedDeltaNet(nnx.Module):
             v.reshape(*lead, self.num_v_heads, self.v_dim),
         )
 
+    def _weights(self) -> dict[str, Any]:
+        return {
+            "conv_weight": self.conv.weight[...],
+            "a_log": self.A_log[...],
+            "dt_bias": self.dt_bias[...],
+            "norm_weight": self.norm.weight[...],
+            "eps": self.norm.eps,
+        }
+
     def _decode(self, projected: jax.Array, batch: Batch, cache: StateCache) -> tuple[jax.Array, StateCache]:
-        decode = gdn_decode if self.compiled.usable else gdn_decode_plain
-        out, *updated = decode(
-            projected,
-            cache.conv,
-            cache.recurrent,
-            batch.state_slots,
-            conv_weight=self.conv.weight[...],
-            a_log=self.A_log[...],
-            dt_bias=self.dt_bias[...],
-            norm_weight=self.norm.weight[...],
-            eps=self.norm.eps,
+        decode = gdn_decode if self.decodes.usable else gdn_decode_plain
+        out, *updated = decode(projected, cache.conv, cache.recurrent, batch.state_slots, **self._weights())
+        return out, StateCache(*updated)
+
+    def _prefill(self, projected: jax.Array, batch: Batch, cache: StateCache) -> tuple[jax.Array, StateCache]:
+        assert batch.spans is not None
+        assert self.device is not None
+        tables = batch.spans.sequences, batch.spans.pieces
+        out, *updated = gdn_prefill(
+            projected, cache.conv, cache.recurrent, *tables, **self._weights(), device=self.device
         )
         return out, StateCache(*updated)
 
-    def _prefill(
+    def _prefill_plain(
         self,
         qkv: jax.Array,
         g: jax.Array,

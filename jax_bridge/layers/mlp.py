@@ -7,18 +7,23 @@ Shapes: T tokens, D hidden, I local intermediate, N local experts, K experts per
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import torch
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from core_torch.kernels import native
 from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.moe_decode import MAX_TOKENS, check_moe_decode
+from core_torch.kernels.moe_prefill import check_moe_prefill
 from jax_bridge.axes import MeshAxis
 from jax_bridge.kernels.activation import sigmoid
 from jax_bridge.kernels.moe import route, routed_experts, swiglu
 from jax_bridge.kernels.moe_decode import route_decode, routed_experts_decode
+from jax_bridge.kernels.moe_prefill import route_prefill, routed_experts_prefill
 from jax_bridge.layers.linear import Linear, RowParallelLinear
 from jax_bridge.layers.parameter import parameter
 from jax_bridge.partial_sum import PartialSum, ReduceAxis
@@ -63,13 +68,17 @@ class Experts(nnx.Module):
         weights: Float[Array, "T K"],
         experts: Int32[Array, "T K"],
         tiles: jax.Array | None = None,
+        many_on: torch.device | None = None,
     ) -> PartialSum:
-        """With `tiles` (of `route_decode`) in compiled kernels. An id below 0 stands for no expert."""
+        """With `tiles` (of `route_decode`) in the kernels for few tokens, with `many_on` (a GPU) in those for many.
+        An id below 0 stands for no expert."""
         own = self.gate_up_proj[...], self.down_proj[...]
-        if tiles is None:
-            part = routed_experts(x, weights, self._own(experts), *own)
-        else:
+        if tiles is not None:
             part = routed_experts_decode(x, weights, experts, *own, tiles=tiles)
+        elif many_on is not None:
+            part = routed_experts_prefill(x, weights, self._own(experts), *own, device=many_on)
+        else:
+            part = routed_experts(x, weights, self._own(experts), *own)
         return PartialSum(part, self.axis)
 
     def _own(self, experts: jax.Array) -> jax.Array:
@@ -91,33 +100,31 @@ class SparseMoE(nnx.Module):
             config, config.shared_expert_intermediate_size, axis, "shared_expert_intermediate_size"
         )
         self.shared_expert_gate = Linear(config.hidden_size, 1)
-        self.compiled = NOT_ASKED
+        self.few = self.many = NOT_ASKED
+        self.device: torch.device | None = None  # a GPU of this process, once kernels are chosen
 
     def choose_kernels(self, options: KernelOptions) -> Answers:
-        if self.experts.blocks.size > 1:
-            self.compiled = native.Answer(
-                False, "moe_decode takes all experts, not one block of them (ep_size > 1)"
-            )
-            return {"moe_decode": self.compiled}
         N, D, local = self.experts.down_proj.shape
-        self.compiled = options.ask(
-            "moe_decode",
-            check_moe_decode,
-            num_experts=N,
-            top_k=self.top_k,
-            hidden_size=D,
-            intermediate_size=local,
+        shapes = {"num_experts": N, "top_k": self.top_k, "hidden_size": D, "intermediate_size": local}
+        self.many = options.ask("moe_prefill", check_moe_prefill, **shapes)
+        self.few = (
+            options.ask("moe_decode", check_moe_decode, **shapes)
+            if self.experts.blocks.size == 1
+            else native.Answer(False, "moe_decode takes all experts, not one block of them (ep_size > 1)")
         )
-        return {"moe_decode": self.compiled}
+        self.device = options.device
+        return {"moe_decode": self.few, "moe_prefill": self.many}
 
     def __call__(self, x: Float[Array, "T D"], real: Bool[Array, " T"] | None = None) -> PartialSum:
         """`real`: which rows are tokens. Those that pad a batch are all alike, and would crowd a few experts."""
-        if self.compiled.usable and x.shape[0] <= MAX_TOKENS:
+        if self.few.usable and x.shape[0] <= MAX_TOKENS:
             return self._few_tokens(x) + self._shared(x)
-        weights, experts = route(self.gate(x), top_k=self.top_k, normalize=self.normalize)
+        many_on = self.device if self.many.usable else None
+        choose = route if many_on is None else partial(route_prefill, device=many_on)
+        weights, experts = choose(self.gate(x), top_k=self.top_k, normalize=self.normalize)
         if real is not None:
             experts = jnp.where(real[:, None], experts, jnp.int32(-1))
-        return self.experts(x, weights, experts) + self._shared(x)
+        return self.experts(x, weights, experts, many_on=many_on) + self._shared(x)
 
     def _few_tokens(self, x: jax.Array) -> PartialSum:
         routing = route_decode(self.gate(x), top_k=self.top_k, normalize=self.normalize)
