@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core_torch.kernels import attention, causal_conv, gated_delta_rule, moe, norm
 from core_torch.kernels.few_rows import few_rows
-from core_torch.kernels.gdn_decode import WHOLE_HEAD, check_gdn_decode, gdn_decode, gdn_decode_plain
+from core_torch.kernels.gdn_decode import check_gdn_decode, gdn_decode, gdn_decode_plain
 from core_torch.kernels.moe_decode import check_moe_decode, route_decode, routed_experts_decode
 from core_torch.kernels.norm_rope import check_norm_rope, norm_rope, norm_rope_plain
 from core_torch.kernels.paged_decode import check_paged_decode, paged_decode_attention
@@ -109,7 +109,7 @@ def test_gdn_decode(B: int, H: int, HV: int, dk: int, dv: int) -> None:
     case = Gdn(B, H, HV, dk, dv)
     want, want_state = case.reference()
     plain, plain_conv, plain_state = case.run(gdn_decode_plain)
-    for units in (WHOLE_HEAD, 1, 2, 4):
+    for units in (1, 2, 4):
         out, conv, state = case.run(gdn_decode, units_per_block=units)
         assert_as_close(out, plain, want)
         assert_as_close(state, plain_state, want_state)
@@ -137,7 +137,6 @@ def test_gdn_decode_bits_do_not_depend_on_the_batch_or_the_launch() -> None:
     out, conv, state = case.run(gdn_decode)
     ahead = {"ahead": [randn(513, 8), randn(7)]}
     for options in (
-        {"units_per_block": WHOLE_HEAD},
         {"units_per_block": 2},
         {"units_per_block": 4},
         {"launch_with_pdl": False},
@@ -451,7 +450,7 @@ def time_gdn(B: int) -> Iterator[Row]:
             case.projected, case.conv, case.state, slots, **case.weights, eps=EPS, **options
         )
 
-    for units in (WHOLE_HEAD, 1, 2, 4):
+    for units in (1, 2, 4):
         us = median_us([call(slots, gdn_decode, units_per_block=units) for slots in chosen])
         yield f"gdn_decode, {units} units a block", B, us, moved
     us = median_us([call(slots, gdn_decode, launch_with_pdl=False) for slots in chosen])

@@ -16,10 +16,6 @@ from core_torch.kernels.causal_conv import causal_conv_step
 from core_torch.kernels.gated_delta_rule import gated_delta_gates, gated_delta_rule_step
 from core_torch.kernels.norm import gated_rms_norm
 
-# units_per_block: a block takes a value head's units one after another, and loads ahead. Meant for MANY_ROWS or more,
-# where the other way waits more than it loads (bench/results/LOG.md).
-WHOLE_HEAD, MANY_ROWS = 0, 32
-
 # csrc/gdn_decode.cuh: registers a thread, shared memory, units of 32 columns in a cluster.
 MAX_K_DIM, MAX_V_DIM, TAPS, UNIT_COLUMNS, MAX_UNITS = 128, 256, 4, 32, 32
 
@@ -63,21 +59,17 @@ def gdn_decode(
     dt_bias: Tensor,
     norm_weight: Tensor,
     eps: float,
-    units_per_block: int | None = None,
+    units_per_block: int = 1,
     ahead: Sequence[Tensor] = (),
     launch_with_pdl: bool = True,
 ) -> Tensor:
     """`gdn_decode_plain` in one kernel that reads and writes each state once; capturable.
 
     Rows of slot 0 (or less) read nothing and leave nothing; their result is that of an empty state. `units_per_block`
-    (1, 2, 4, WHOLE_HEAD or, for the fastest, None), `launch_with_pdl` (the kernel may start while the one before it
-    ends) and `ahead` (up to two contiguous tensors, weights that later kernels read, fetched into the L2 cache
-    meanwhile) change the time alone.
+    (1, 2 or 4), `launch_with_pdl` (the kernel may start while the one before it ends) and `ahead` (up to two contiguous
+    tensors, weights that later kernels read, fetched into the L2 cache meanwhile) change the time alone.
     """
-    B = projected.shape[0]
-    out = projected.new_empty(B, state.shape[1] * state.shape[3])
-    if units_per_block is None:
-        units_per_block = 1 if B < MANY_ROWS else WHOLE_HEAD
+    out = projected.new_empty(projected.shape[0], state.shape[1] * state.shape[3])
     native.function("gdn_decode_ahead", projected.device, of="gdn_decode")(
         projected,
         conv,

@@ -60,11 +60,10 @@ void run_ahead(TensorView projected, TensorView conv, TensorView state, TensorVi
     TVM_FFI_THROW(ValueError) << "HV / H * ceil(dv / 32) must be at most " << kMaxClusterUnits << ", got "
                               << units;
   }
-  const bool whole_heads = units_per_block == 0 && group <= 8;
-  int64_t per_block = units_per_block == 0 ? 1 : units_per_block;
-  while (divide_up(units, per_block) > 8) per_block *= 2;
-  if (units_per_block < 0 || per_block > kMaxUnits) {
-    TVM_FFI_THROW(ValueError) << "units_per_block must be 0 (a whole head), 1, 2 or 4, got " << units_per_block;
+  int64_t per_block = units_per_block;
+  while (per_block > 0 && divide_up(units, per_block) > 8) per_block *= 2;
+  if (per_block != 1 && per_block != 2 && per_block != kMaxUnits) {
+    TVM_FFI_THROW(ValueError) << "units_per_block must be 1, 2 or 4, got " << units_per_block;
   }
   if (B == 0) return;
 
@@ -77,12 +76,6 @@ void run_ahead(TensorView projected, TensorView conv, TensorView state, TensorVi
                       {ahead_of<Ahead>(first_ahead, projected), ahead_of<Ahead>(second_ahead, projected)}};
   const unsigned cluster = static_cast<unsigned>(divide_up(units, per_block));
   tvm::ffi::CUDADeviceGuard guard(projected.device().device_id);
-  if (whole_heads) {
-    const Launch heads{dim3(static_cast<unsigned>(HV), static_cast<unsigned>(B)), dim3(kUnitThreads),
-                       current_stream(projected), launch_with_pdl, static_cast<unsigned>(group)};
-    launch(heads, dk <= 32 ? decode_heads<2> : dk <= 64 ? decode_heads<4> : decode_heads<8>, params);
-    return;
-  }
   const Launch how{dim3(cluster * static_cast<unsigned>(H), static_cast<unsigned>(B)),
                    dim3(static_cast<unsigned>(per_block) * kUnitThreads), current_stream(projected),
                    launch_with_pdl, cluster};

@@ -13,9 +13,6 @@
 //            the norm needs the squares of a whole head: a mailbox in each block's shared memory waits for
 //            both.
 //
-// Many sequences (`decode_heads`): a block takes all units of a value head one after another, the next one's state
-// on its way while it works on one; the cluster is of the blocks that share a key head.
-//
 // A sum's order depends on none of B, the block or the cluster.
 #pragma once
 
@@ -25,7 +22,6 @@ namespace crossfuse::gdn {
 
 constexpr int kUnitThreads = 128, kUnitColumns = 32, kRowLanes = 16;
 constexpr int kMaxUnits = 4;          // of a block
-constexpr int kHeadsResident = 4;     // blocks of `decode_heads` on a multiprocessor: 64 KiB of states under way
 constexpr int kUnitsResident = 6;     // on a multiprocessor at once (five are as fast)
 constexpr int kMaxClusterUnits = 32;  // of a cluster of 8 blocks
 constexpr int kMaxKeyDim = 128, kMaxValueDim = 256, kTaps = 4;
@@ -120,8 +116,9 @@ __device__ __forceinline__ void prepare_key(const Params& p, int64_t row, int64_
   }
 }
 
-// One unit's state, decayed: k^T S and q^T S of 4 columns over a warp's rows, and that warp's part of q^T k. q reads the
-// new state S + k c^T as q^T S + (q^T k) c^T, so one pass over S will do.
+// One unit's state, decayed: k^T S and q^T S of 4 columns over a warp's rows, and that warp's part of q^T k. q reads
+// the new state S + k c^T as q^T S + (q^T k) c^T, so one pass over S will do. (A function of its own: written out in
+// the kernel, it made the compiler spill registers.)
 template <int kRows>
 __device__ __forceinline__ void read_state(float4 (&s)[kRows], float decay, const float* k, const float* q,
                                            int first_row, int dk, float (&with_k)[4], float (&with_q)[4],
@@ -291,143 +288,6 @@ __global__ void __launch_bounds__(kUnits* kUnitThreads, kUnitsResident / kUnits)
           round_bf16(shared.norm_weight[unit][c] * round_bf16(output[j] * factor)) * shared.gate[unit][c];
     }
     *reinterpret_cast<uint2*>(p.out + (row * p.HV + head) * p.dv + column) =
-        make_uint2(pack_bf16(gated[0], gated[1]), pack_bf16(gated[2], gated[3]));
-  }
-}
-
-struct HeadShared {
-  float q[kMaxKeyDim], k[kMaxKeyDim];
-  bf16 inputs[2][kMaxKeyDim * (kTaps - 1)];
-  float v[kMaxValueDim], gate[kMaxValueDim], norm_weight[kMaxValueDim], output[kMaxValueDim];
-  float dots[2][4][2][kUnitColumns];  // of two units in turn: one barrier a unit is enough
-  float qk[4], squares[kMaxValueDim / kUnitColumns];
-};
-
-template <int kRows>
-__global__ void __launch_bounds__(kUnitThreads, kHeadsResident)
-    decode_heads(const __grid_constant__ Params p) {
-  __shared__ __align__(16) HeadShared shared;
-  const int lane = threadIdx.x % kWarp, part = threadIdx.x / kWarp;
-  const int head = blockIdx.x, key_head = head / (p.HV / p.H);
-  const int units = (p.dv + kUnitColumns - 1) / kUnitColumns;
-  const int own_column = lane % 8 * 4, first_row = part * 4 + lane / 8;
-  const int key_channels = p.H * p.dk, channels = 2 * key_channels + p.HV * p.dv;
-  const int64_t row = blockIdx.y;
-  const int64_t slot = p.wide_slots ? static_cast<const int64_t*>(p.slots)[row * p.slots_stride]
-                                    : static_cast<const int32_t*>(p.slots)[row * p.slots_stride];
-  const bool live = slot > 0;
-
-  float* state = p.state + ((live ? slot : 0) * p.HV + head) * p.dk * p.dv + own_column;
-  float4 s[kRows], next[kRows];
-  const auto load = [&](int unit) {
-    const bool has_column = unit * kUnitColumns + own_column < p.dv;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int r = first_row + i * kRowLanes;
-      next[i] = live && has_column && r < p.dk
-                    ? as_floats(load_once(state + unit * kUnitColumns + r * p.dv))
-                    : float4{};
-    }
-  };
-  load(0);  // written a step ago, see `decode`
-  fetch_all_ahead(p.ahead, blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y);
-  wait_for_previous_grid();
-
-  const bf16* projected = p.projected + row * p.projected_stride;
-  const bf16* gates = projected + channels + p.HV * p.dv;  // b, then a
-  if (part < 2) {
-    const float scale = part == 0 ? 1.0f / sqrtf(static_cast<float>(p.dk)) : 1.0f;
-    prepare_key<kRows>(p, row, slot, part * key_channels + key_head * p.dk, scale,
-                       part == 0 ? shared.q : shared.k, shared.inputs[part]);
-  } else {
-#pragma unroll 2
-    for (int c = threadIdx.x - 2 * kWarp; c < p.dv; c += 2 * kWarp) {
-      const int channel = 2 * key_channels + head * p.dv + c;
-      Channel value;
-      value.load(p, row, slot, channel);
-      const float z = to_float(projected[channels + head * p.dv + c]);
-      shared.norm_weight[c] = to_float(p.norm_weight[c]);
-      shared.v[c] = value.value(live);
-      shared.gate[c] = silu(z);
-      if (live) value.store_state(p.conv + (slot * channels + channel) * (kTaps - 1));
-    }
-  }
-  const float b = to_float(gates[head]), x = to_float(gates[p.HV + head]) + p.dt_bias[head];
-  const float softplus = x > 20.0f ? x : log1pf(expf(x));
-  const float decay = expf(-expf(p.a_log[head]) * softplus), beta = round_bf16(sigmoid(b));
-  __syncthreads();
-  cluster_arrive_release();  // this block has read the old inputs of q and k
-
-  float all_qk = 0.0f;
-  for (int unit = 0; unit < units; ++unit) {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) s[i] = next[i];
-    if (unit + 1 < units) load(unit + 1);
-    auto& dots = shared.dots[unit % 2];
-    const int first_column = unit * kUnitColumns;
-    const bool has_column = first_column + own_column < p.dv;
-
-    float with_k[4] = {}, with_q[4] = {}, qk = 0.0f;
-    read_state(s, decay, shared.k, shared.q, first_row, p.dk, with_k, with_q, qk);
-    if (lane < 8) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        dots[part][0][lane * 4 + j] = with_k[j];
-        dots[part][1][lane * 4 + j] = with_q[j];
-      }
-      if (unit == 0 && lane == 0) shared.qk[part] = qk;
-    }
-    __syncthreads();
-    if (unit == 0) all_qk = shared.qk[0] + shared.qk[1] + shared.qk[2] + shared.qk[3];
-
-    float correction[4], output[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int c = own_column + j;
-      float expected = 0.0f, read = 0.0f;
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        expected += dots[w][0][c];
-        read += dots[w][1][c];
-      }
-      correction[j] = has_column ? (shared.v[first_column + c] - expected) * beta : 0.0f;
-      output[j] = has_column ? round_bf16(read + all_qk * correction[j]) : 0.0f;
-    }
-    if (live && has_column) {
-      write_state(s, correction, shared.k, first_row, p, state + first_column);
-    }
-    if (part == 0) {
-      float square =
-          output[0] * output[0] + output[1] * output[1] + output[2] * output[2] + output[3] * output[3];
-#pragma unroll
-      for (int step = 1; step < 8; step *= 2) square += __shfl_xor_sync(kAllLanes, square, step);
-      if (lane == 0) shared.squares[unit] = square;
-      if (has_column && lane < 8)
-        *reinterpret_cast<float4*>(&shared.output[first_column + own_column]) =
-            make_float4(output[0], output[1], output[2], output[3]);
-    }
-  }
-
-  cluster_wait();  // all blocks have
-  if (live && cluster_rank() == 0 && part < 2) {
-    const int64_t first = slot * channels + part * key_channels + key_head * p.dk;
-    uint4* conv = reinterpret_cast<uint4*>(p.conv + first * (kTaps - 1));
-    const uint4* inputs = reinterpret_cast<const uint4*>(shared.inputs[part]);
-#pragma unroll 1
-    for (int i = lane; i < p.dk * (kTaps - 1) / 8; i += kWarp) conv[i] = inputs[i];
-  }
-  __syncthreads();
-  float sum = 0.0f;
-  for (int i = 0; i < units; ++i) sum += shared.squares[i];
-  const float factor = rsqrtf(sum / p.dv + p.eps);
-  for (int c = threadIdx.x * 4; c < p.dv; c += kUnitThreads * 4) {
-    float gated[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      gated[j] = round_bf16(shared.norm_weight[c + j] * round_bf16(shared.output[c + j] * factor)) *
-                 shared.gate[c + j];
-    }
-    *reinterpret_cast<uint2*>(p.out + (row * p.HV + head) * p.dv + c) =
         make_uint2(pack_bf16(gated[0], gated[1]), pack_bf16(gated[2], gated[3]));
   }
 }
