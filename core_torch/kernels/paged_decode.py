@@ -59,7 +59,8 @@ def paged_decode_attention(
     The caches are [pages, page_size, G, d]; tables and lengths int32 or int64, alike; `gate` [B, H d] multiplies the
     result by its sigmoid. Capturable: the launches depend on P, the work on the lengths, and a sequence's bits on
     nothing but its own length and values. `ahead`: up to two contiguous tensors (weights that later kernels read) that
-    are fetched into the L2 cache meanwhile.
+    are fetched into the L2 cache meanwhile. With `launch_with_pdl`, tables and lengths are read while the kernel before
+    this call ends, which must not be the one that writes them.
     """
     B, H, d = q.shape
     page_size, G = k_cache.shape[1:3]

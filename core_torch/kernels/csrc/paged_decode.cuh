@@ -1,8 +1,8 @@
 // Attention of one token a sequence over a paged KV cache; lengths are read on the device, and valid pages.
 //
 // Shapes: B sequences, H query heads, G KV heads, R = H / G <= 8 query heads on one, d head_dim. A tile is 16
-// tokens of one KV head, worked on by a warp; four of them go through a block at once. A sequence is cut into
-// chunks of whole blocks' worth of tiles, at most kMaxSplits of them; a chunk's length depends on the
+// tokens of one KV head, worked on by a warp; the four warps of a block take tiles in turn. A sequence is cut
+// into chunks of whole blocks' worth of tiles, at most kMaxSplits of them; a chunk's length depends on the
 // sequence's length alone, so that the sums' order does too.
 //
 //   attend   a block takes chunks (any sequence, any KV head) until all are done: for each the maximum, the
@@ -10,9 +10,15 @@
 //   combine  one block a head and sequence: the chunks' results in their order, times sigmoid(gate) if there
 //            is one
 //
-// A lane loads 16 bytes of keys to registers, and of values to shared memory that only it reads; the tensor
-// cores' layouts are met by permuting head_dim, alike in q and k, and in v and the result.
+// A warp's tiles, through all chunks of its block, are one stream: as soon as a tile's keys, or values, are
+// used, those of the tile kStages further are on their way to their place in shared memory, and stay so while
+// the block puts a chunk's results together. A lane reads only what it copied itself, so a tile needs no
+// barrier; the tensor cores' layouts are met by permuting head_dim, alike in q and k, and in v and the result.
+//
+// Lengths and page tables are read before the previous kernel ends: it must not be what writes them.
 #pragma once
+
+#include <algorithm>
 
 #include "device.cuh"
 
@@ -20,7 +26,11 @@ namespace crossfuse::paged {
 
 constexpr int kTileTokens = 16, kWarps = 4, kBlockTokens = kTileTokens * kWarps;
 constexpr int kMaxSplits = 64, kMaxGroup = 8, kMaxSequences = 1024;
-constexpr int kThreads = kWarps * kWarp, kBlocks = 3;  // on a multiprocessor at once
+constexpr int kThreads = kWarps * kWarp, kMaxBlocks = 4;  // on a multiprocessor at once
+constexpr int kSharedBytes = 227 << 10, kReservedBytes = 1 << 10;  // of a multiprocessor, of each block
+constexpr int kBlockShift = 6;
+static_assert(kBlockTokens == 1 << kBlockShift);
+constexpr int kLongTokens = 512;  // from here on, Params::long_shift
 constexpr float kNothing = -INFINITY;
 
 struct Params {
@@ -37,21 +47,24 @@ struct Params {
   const bf16* gate;  // [B, H d] or null
   int64_t gate_stride;
   int B, H, G, page_size, splits;
-  float scale;  // times log2(e)
+  int long_shift;  // a long sequence's chunks are multiples of this power of two, at least kBlockTokens
+  float scale;     // times log2(e)
   Ahead ahead[2];
 };
 
-__device__ __forceinline__ int64_t index(const Params& p, const void* array, int64_t i) {
-  return p.wide ? static_cast<const int64_t*>(array)[i] : static_cast<const int32_t*>(array)[i];
+// Lengths and page numbers fit 32 bits: an int64's first half, so that no arithmetic waits for what is loaded.
+__device__ __forceinline__ int index(const Params& p, const void* array, int64_t i) {
+  return static_cast<const int32_t*>(array)[p.wide ? 2 * i : i];
 }
 
-__device__ __forceinline__ int chunk_tokens(int length) {
-  const int blocks = (length + kBlockTokens - 1) / kBlockTokens;
-  return (blocks + kMaxSplits - 1) / kMaxSplits * kBlockTokens;
+__device__ __forceinline__ int chunk_tokens(const Params& p, int length) {
+  const int shift = length < kLongTokens ? kBlockShift : p.long_shift;
+  return (((length + (1 << shift) - 1) >> shift) + kMaxSplits - 1) / kMaxSplits << shift;
 }
 
-__device__ __forceinline__ int num_chunks(int length) {
-  return length <= 0 ? 0 : (length + chunk_tokens(length) - 1) / chunk_tokens(length);
+__device__ __forceinline__ int num_chunks(const Params& p, int length) {
+  const int chunk = chunk_tokens(p, max(length, 0));
+  return length <= 0 ? 0 : (length + chunk - 1) / chunk;
 }
 
 // until[b] = the chunks of sequences 0..b-1, over all KV heads; by the whole block.
@@ -61,7 +74,7 @@ __device__ __forceinline__ void count_chunks(const Params& p, int (&until)[kMaxS
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int mine = 0;
   for (int b = first; b < min(first + each, p.B); ++b) {
-    const int chunks = num_chunks(static_cast<int>(index(p, p.lengths, b * p.length_stride))) * p.G;
+    const int chunks = num_chunks(p, index(p, p.lengths, b * p.length_stride)) * p.G;
     until[b + 1] = chunks;
     mine += chunks;
   }
@@ -83,6 +96,22 @@ __device__ __forceinline__ void count_chunks(const Params& p, int (&until)[kMaxS
   __syncthreads();
 }
 
+// What a block does at a time: one chunk of one sequence, for one KV head.
+struct Item {
+  int sequence, head, split, begin, end;
+};
+
+__device__ __forceinline__ Item find_item(const Params& p, const int (&until)[kMaxSequences + 1], int item) {
+  int sequence = 0;
+  for (int step = kMaxSequences / 2; step > 0; step /= 2) {
+    if (sequence + step < p.B && until[sequence + step] <= item) sequence += step;
+  }
+  const int length = index(p, p.lengths, sequence * p.length_stride), chunk = chunk_tokens(p, length);
+  const int chunks = num_chunks(p, length), head = (item - until[sequence]) / chunks;
+  const int split = item - until[sequence] - head * chunks;
+  return {sequence, head, split, split * chunk, min((split + 1) * chunk, length)};
+}
+
 // Two tokens' pairs of neighbouring dims -> one dim's pair of tokens: (a.low, b.low) or (a.high, b.high).
 __device__ __forceinline__ uint32_t pair_low(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ uint32_t pair_high(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
@@ -92,88 +121,133 @@ struct Words {
   __device__ __forceinline__ explicit Words(const uint4& x) : at{x.x, x.y, x.z, x.w} {}
 };
 
-template <int kDim>
+template <int kDim, int kStages>
 struct Shared {
-  bf16 q[kMaxGroup][kDim + 32];  // the padding keeps rows in different banks
-  union {
-    uint4 content[4][kDim / 64][kWarp];  // 4 tokens a lane
-    float values[kMaxGroup][kDim + 8];
+  struct {
+    uint4 keys[kStages][2][kDim / 32][kWarp];    // 2 tokens a lane
+    uint4 values[kStages][4][kDim / 64][kWarp];  // 4 tokens a lane
+    float results[kMaxGroup][kDim + 8];          // the padding keeps rows in different banks
   } warps[kWarps];
   float2 sums[kWarps][kMaxGroup];
   int until[kMaxSequences + 1], warp_total[kWarps];
+
+  static constexpr int resident() {
+    return std::min<int>(kMaxBlocks, kSharedBytes / (sizeof(Shared) + kReservedBytes));
+  }
 };
 
-template <int kDim>
-__global__ void __launch_bounds__(kThreads, kBlocks) attend(const __grid_constant__ Params p) {
+template <int kDim, int kStages>
+__global__ void __launch_bounds__(kThreads, Shared<kDim, kStages>::resident())
+    attend(const __grid_constant__ Params p) {
   constexpr int kKeyChunks = kDim / 32, kValueChunks = kDim / 64;
-  __shared__ __align__(16) Shared<kDim> shared;
-  wait_for_previous_grid();
-  let_next_grid_start();
+  extern __shared__ __align__(16) unsigned char memory[];
+  auto& shared = *reinterpret_cast<Shared<kDim, kStages>*>(memory);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, c = lane % 4;
   const int group = p.H / p.G;
   auto& mine = shared.warps[warp];
   count_chunks(p, shared.until, shared.warp_total);
+  const int items = shared.until[p.B];
 
-  for (int item = blockIdx.x; item < shared.until[p.B]; item += gridDim.x) {
-    int sequence = 0;
-    for (int step = kMaxSequences / 2; step > 0; step /= 2) {
-      if (sequence + step < p.B && shared.until[sequence + step] <= item) sequence += step;
+  // Where a tile lies. Lane l < 16 looks up token l; past the end the last one stands in, weighted zero. What
+  // the table says is only needed when the tile is fetched, long after it was asked for.
+  struct Tile {
+    int head, page, place;  // head < 0: there are no more tiles
+  };
+  struct {
+    int item, first;
+    Item in;
+  } next{static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x), 0, {}};
+  const auto next_tile = [&]() -> Tile {
+    while (next.first >= next.in.end) {  // a short chunk may have no tile for this warp
+      next.item += gridDim.x;
+      if (next.item >= items) return {-1, 0, 0};
+      next.in = find_item(p, shared.until, next.item);
+      next.first = next.in.begin + warp * kTileTokens;
     }
-    const int length = static_cast<int>(index(p, p.lengths, sequence * p.length_stride)),
-              chunk = chunk_tokens(length);
-    const int chunks = num_chunks(length), head = (item - shared.until[sequence]) / chunks;
-    const int split = (item - shared.until[sequence]) % chunks, end = min((split + 1) * chunk, length);
+    const int token = min(next.first + lane % kTileTokens, next.in.end - 1);
+    next.first += kBlockTokens;
+    const int64_t row = next.in.sequence * p.table_stride;
+    return {next.in.head, index(p, p.tables, row + token / p.page_size * p.page_stride), token % p.page_size};
+  };
+  const auto place_of = [&](const Tile& tile) {
+    return ((static_cast<int64_t>(tile.page) * p.page_size + tile.place) * p.G + tile.head) * kDim;
+  };
+  // Each of the two ends a group of copies, of none if there is no tile.
+  const auto fetch_keys = [&](int stage, const Tile& tile) {
+    if (tile.head >= 0) {
+      const int64_t place = place_of(tile);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const bf16* key = p.k + __shfl_sync(kAllLanes, place, g + 8 * half) + c * 8;
+#pragma unroll
+        for (int i = 0; i < kKeyChunks; ++i) {
+          copy_async(&mine.keys[stage][half][i][lane], key + i * 32, true);
+        }
+      }
+    }
+    commit_copies();
+  };
+  const auto fetch_values = [&](int stage, const Tile& tile) {
+    if (tile.head >= 0) {
+      const int64_t place = place_of(tile);
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {  // tokens 2c, 2c + 1, 2c + 8, 2c + 9
+        const bf16* value = p.v + __shfl_sync(kAllLanes, place, 2 * c + t % 2 + t / 2 * 8) + g * 8;
+#pragma unroll
+        for (int i = 0; i < kValueChunks; ++i) {
+          copy_async(&mine.values[stage][t][i][lane], value + i * 64, true);
+        }
+      }
+    }
+    commit_copies();
+  };
 
-    const bf16* query = p.q + sequence * p.q_stride + head * group * kDim;
-    for (int i = threadIdx.x * 8; i < kMaxGroup * kDim; i += kThreads * 8) {
-      const int r = i / kDim;
-      *reinterpret_cast<uint4*>(&shared.q[r][i % kDim]) =
-          r < group ? *reinterpret_cast<const uint4*>(query + i) : make_uint4(0, 0, 0, 0);
+  Tile tiles[kStages];
+#pragma unroll
+  for (int i = 0; i < kStages; ++i) tiles[i] = next_tile();
+  wait_for_previous_grid();
+  let_next_grid_start();
+#pragma unroll
+  for (int i = 0; i < kStages; ++i) {
+    fetch_keys(i, tiles[i]);
+    fetch_values(i, tiles[i]);
+  }
+  Tile ahead = next_tile();
+  // Behind the group of copies that is waited for: the other groups of kStages tiles' keys and values.
+  constexpr int kPending = 2 * kStages - 1;
+  int stage = 0;
+
+  for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    const Item in = find_item(p, shared.until, item);
+    const bf16* query = p.q + in.sequence * p.q_stride + (in.head * group + g) * kDim + c * 8;
+    uint4 q[kKeyChunks];
+#pragma unroll
+    for (int i = 0; i < kKeyChunks; ++i) {
+      q[i] = g < group ? *reinterpret_cast<const uint4*>(query + i * 32) : make_uint4(0, 0, 0, 0);
     }
-    __syncthreads();
 
     float maximum = kNothing, sum = 0.0f;  // of query head g; the sum over this lane's tokens
     float values[kValueChunks][4][4] = {};
-    for (int first = split * chunk + warp * kTileTokens; first < end; first += kBlockTokens) {
-      // Lane l < 16 finds where token `first + l` lies; past the end the last one stands in, weighted zero.
-      const int token = min(first + lane % kTileTokens, end - 1);
-      const int64_t page =
-          index(p, p.tables, sequence * p.table_stride + token / p.page_size * p.page_stride) * p.page_size;
-      const int64_t place = ((page + token % p.page_size) * p.G + head) * kDim;
-      const auto at = [&](int t) { return __shfl_sync(kAllLanes, place, t); };
-
-      const bf16* value[4] = {p.v + at(2 * c) + g * 8, p.v + at(2 * c + 1) + g * 8,
-                              p.v + at(2 * c + 8) + g * 8, p.v + at(2 * c + 9) + g * 8};
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-#pragma unroll
-        for (int i = 0; i < kValueChunks; ++i) copy_async(&mine.content[t][i][lane], value[t] + i * 64, true);
-      }
-      commit_copies();
-      uint4 keys[2][kKeyChunks];
-      const bf16* key[2] = {p.k + at(g) + c * 8, p.k + at(g + 8) + c * 8};
+    for (int first = in.begin + warp * kTileTokens; first < in.end; first += kBlockTokens) {
+      // Scores [8 heads x 8 tokens], twice, each in two parts, for a shorter chain of sums; rows 8 to 15 of the
+      // tensor cores' operand are zeros.
+      float scores[2][2][4] = {};
+      wait_for_copies<kPending>();
 #pragma unroll
       for (int i = 0; i < kKeyChunks; ++i) {
-        keys[0][i] = load_once(key[0] + i * 32);
-        keys[1][i] = load_once(key[1] + i * 32);
-      }
-
-      // Scores [8 heads x 8 tokens], twice; rows 8 to 15 of the tensor cores' operand are zeros.
-      float scores[2][4] = {};
-#pragma unroll
-      for (int i = 0; i < kKeyChunks; ++i) {
-        const uint4 q = *reinterpret_cast<const uint4*>(&shared.q[g][i * 32 + c * 8]);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          multiply_add(scores[half], q.x, 0, q.y, 0, keys[half][i].x, keys[half][i].y);
-          multiply_add(scores[half], q.z, 0, q.w, 0, keys[half][i].z, keys[half][i].w);
+          const uint4 key = mine.keys[stage][half][i][lane];
+          multiply_add(scores[half][0], q[i].x, 0, q[i].y, 0, key.x, key.y);
+          multiply_add(scores[half][1], q[i].z, 0, q[i].w, 0, key.z, key.w);
         }
       }
+      fetch_keys(stage, ahead);
       float weights[4];  // of tokens 2c, 2c + 1, 2c + 8, 2c + 9
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
-        const int token_at = first + t / 2 * 8 + 2 * c + t % 2;
-        weights[t] = token_at < end ? scores[t / 2][t % 2] * p.scale : kNothing;
+        const int token = first + t / 2 * 8 + 2 * c + t % 2;
+        weights[t] = token < in.end ? (scores[t / 2][0][t % 2] + scores[t / 2][1][t % 2]) * p.scale : kNothing;
       }
       float most = fmaxf(fmaxf(weights[0], weights[1]), fmaxf(weights[2], weights[3]));
       most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
@@ -191,11 +265,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks) attend(const __grid_constan
       const float shrink_first = __shfl_sync(kAllLanes, shrink, 8 * c),
                   shrink_second = __shfl_sync(kAllLanes, shrink, 8 * c + 4);
       const uint32_t low = pack_bf16(weights[0], weights[1]), high = pack_bf16(weights[2], weights[3]);
-      wait_for_copies<0>();
+      wait_for_copies<kPending>();
 #pragma unroll
       for (int i = 0; i < kValueChunks; ++i) {
-        const Words t0(mine.content[0][i][lane]), t1(mine.content[1][i][lane]);
-        const Words t8(mine.content[2][i][lane]), t9(mine.content[3][i][lane]);
+        const Words t0(mine.values[stage][0][i][lane]), t1(mine.values[stage][1][i][lane]);
+        const Words t8(mine.values[stage][2][i][lane]), t9(mine.values[stage][3][i][lane]);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           values[i][j][0] *= shrink_first;
@@ -206,24 +280,28 @@ __global__ void __launch_bounds__(kThreads, kBlocks) attend(const __grid_constan
                        pair_low(t8.at[j], t9.at[j]), pair_high(t8.at[j], t9.at[j]), low, high);
         }
       }
+      fetch_values(stage, ahead);
+      ahead = next_tile();
+      stage = (stage + 1) % kStages;
     }
 
     sum += __shfl_xor_sync(kAllLanes, sum, 1);
     sum += __shfl_xor_sync(kAllLanes, sum, 2);
+    __syncthreads();  // all have read the last item's results
     if (c == 0) shared.sums[warp][g] = make_float2(maximum, sum);
-    __syncwarp();  // all lanes have read their values: the results may take their place
 #pragma unroll
     for (int i = 0; i < kValueChunks; ++i) {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {  // dims 64 i + 8 g + (0 to 7) of head 2c + n
-        float4* row = reinterpret_cast<float4*>(&mine.values[2 * c + n][i * 64 + g * 8]);
+        float4* row = reinterpret_cast<float4*>(&mine.results[2 * c + n][i * 64 + g * 8]);
         row[0] = make_float4(values[i][0][n], values[i][0][n + 2], values[i][1][n], values[i][1][n + 2]);
         row[1] = make_float4(values[i][2][n], values[i][2][n + 2], values[i][3][n], values[i][3][n + 2]);
       }
     }
     __syncthreads();
 
-    const int64_t result = ((static_cast<int64_t>(sequence) * p.G + head) * p.splits + split) * kMaxGroup;
+    const int64_t result =
+        ((static_cast<int64_t>(in.sequence) * p.G + in.head) * p.splits + in.split) * kMaxGroup;
     for (int i = threadIdx.x * 4; i < group * kDim; i += kThreads * 4) {
       const int r = i / kDim;
       float most = shared.sums[0][r].x, total = 0.0f;
@@ -233,32 +311,48 @@ __global__ void __launch_bounds__(kThreads, kBlocks) attend(const __grid_constan
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
         const float weight = exp2f(shared.sums[w][r].x - most);
-        const float4 part = *reinterpret_cast<const float4*>(&shared.warps[w].values[r][i % kDim]);
+        const float4 part = *reinterpret_cast<const float4*>(&shared.warps[w].results[r][i % kDim]);
         total += weight * shared.sums[w][r].y;
         all = make_float4(all.x + weight * part.x, all.y + weight * part.y, all.z + weight * part.z,
                           all.w + weight * part.w);
       }
-      *reinterpret_cast<float4*>(p.values + result * kDim + i) = all;
+      __stcg(reinterpret_cast<float4*>(p.values + result * kDim + i), all);
       if (i % kDim == 0) p.sums[result + r] = make_float2(most, total);
     }
-    __syncthreads();  // before the next item writes q and the sums
   }
 }
 
-// Four groups of threads take every fourth chunk, 4 dims a thread.
+// Four groups of threads take every fourth chunk, 4 dims a thread. After the previous kernel's end it waits for
+// memory once, unless there are more chunks than its threads load at a time.
 template <int kDim>
 __global__ void __launch_bounds__(kDim) combine(const __grid_constant__ Params p) {
-  constexpr int kLanes = kDim / 4, kGroups = 4;
+  constexpr int kLanes = kDim / 4, kGroups = 4, kAtOnce = 8;
   __shared__ float weights[kMaxSplits];
   __shared__ float total;
   __shared__ float4 partial[kGroups][kLanes];
   fetch_all_ahead(p.ahead, blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y);
-  wait_for_previous_grid();
   const int head = blockIdx.x, sequence = blockIdx.y, group = p.H / p.G, lane = threadIdx.x % kLanes;
   const int part = threadIdx.x / kLanes;
-  const int chunks = num_chunks(static_cast<int>(index(p, p.lengths, sequence * p.length_stride)));
+  // `attend` let this kernel start after it had waited itself, so lengths and gate were written long ago.
+  const int chunks = num_chunks(p, index(p, p.lengths, sequence * p.length_stride));
   const int64_t first =
       (static_cast<int64_t>(sequence) * p.G + head / group) * p.splits * kMaxGroup + head % group;
+  const float4* values = reinterpret_cast<const float4*>(p.values + first * kDim + lane * 4);
+  constexpr int kStep = kMaxGroup * kDim / 4;  // from one chunk's to the next one's
+  bf16 gate[4] = {};
+  if (p.gate != nullptr && part == 0) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) gate[j] = p.gate[sequence * p.gate_stride + head * kDim + lane * 4 + j];
+  }
+  wait_for_previous_grid();
+  let_next_grid_start();
+
+  float4 loaded[kAtOnce];
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) {
+    const int split = part + i * kGroups;
+    loaded[i] = split < chunks ? __ldcg(values + split * kStep) : float4{};
+  }
   if (threadIdx.x < kWarp) {
     float2 sums[kMaxSplits / kWarp];
     float most = kNothing, sum = 0.0f;
@@ -282,26 +376,24 @@ __global__ void __launch_bounds__(kDim) combine(const __grid_constant__ Params p
   }
   __syncthreads();
   float4 all = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-  for (int split = part; split < chunks; split += kGroups) {
-    const float weight = weights[split];
-    const float4 value =
-        *reinterpret_cast<const float4*>(p.values + (first + split * kMaxGroup) * kDim + lane * 4);
+  const auto add = [&](float weight, const float4& value) {
     all = make_float4(all.x + weight * value.x, all.y + weight * value.y, all.z + weight * value.z,
                       all.w + weight * value.w);
+  };
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) add(weights[part + i * kGroups], loaded[i]);
+#pragma unroll 8
+  for (int split = part + kAtOnce * kGroups; split < chunks; split += kGroups) {
+    add(weights[split], __ldcg(values + split * kStep));
   }
   partial[part][lane] = all;
   __syncthreads();
   if (part > 0) return;
 #pragma unroll
-  for (int i = 1; i < kGroups; ++i) {
-    const float4 other = partial[i][lane];
-    all = make_float4(all.x + other.x, all.y + other.y, all.z + other.z, all.w + other.w);
-  }
+  for (int i = 1; i < kGroups; ++i) add(1.0f, partial[i][lane]);
   const float factor = chunks > 0 ? 1.0f / total : 0.0f;
   float result[4] = {all.x * factor, all.y * factor, all.z * factor, all.w * factor};
   if (p.gate != nullptr) {  // rounded where the plain path rounds
-    const bf16* gate = p.gate + sequence * p.gate_stride + head * kDim + lane * 4;
 #pragma unroll
     for (int j = 0; j < 4; ++j) result[j] = round_bf16(result[j]) * round_bf16(sigmoid(to_float(gate[j])));
   }
