@@ -82,7 +82,7 @@ class ModelRunner:
         model = Qwen3Next(config, parallel.attention, parallel.mlp, parallel.experts, parallel.pieces)
         materialize(model, weights(model, parallel, dtype))
         self.kernels = choose_kernels(
-            [part for layer in model.layers for part in (layer.mixer, layer.mlp)],
+            [module for _, module in nnx.iter_modules(model)],
             JaxKernelOptions(
                 getattr(torch, dtype.name),
                 parallel.torch_device,

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core_torch.kernels import few_rows as torch_few_rows
 from core_torch.kernels import gdn_decode as torch_gdn
 from core_torch.kernels import moe_decode as torch_moe
 from core_torch.kernels import norm_rope as torch_rope
@@ -29,6 +30,7 @@ from core_torch.kernels.native import MODULES
 from jax_bridge import LLM, SamplingParams
 from jax_bridge.dlpack import from_torch, to_torch
 from jax_bridge.kernels.compiled import open_kernels
+from jax_bridge.kernels.few_rows import few_rows
 from jax_bridge.kernels.gdn_decode import gdn_decode
 from jax_bridge.kernels.moe import routed_experts
 from jax_bridge.kernels.moe_decode import route_decode, routed_experts_decode
@@ -38,6 +40,8 @@ from tests.gpu_jax_cases import run_cases
 
 TINY = Path(__file__).parent / "data/tiny-qwen3-next"
 SIZES = (1, 3, 64, 67)
+FEW = (1, 3, 16, 32)  # rows that few_rows takes
+OUTPUTS = (6176, 2048, 512, 1)  # of Gated DeltaNet's projections, the router, the shared expert's gate
 EPS = 1e-6
 PAGE, PAGES = 16, 400
 ROPE = {"num_heads": 8, "rotary_dim": 64, "theta": 1e7, "eps": EPS, "weight_bias": 1.0}
@@ -165,7 +169,20 @@ def moe_case(T: int) -> tuple[list[Tensor], Any, Any]:
     return operands, lambda *xs: (*(got := on_torch(*xs)), got[0]), on_xla
 
 
+def product_case(T: int) -> tuple[list[Tensor], Any, Any]:
+    operands = [randn(T, 2048), *(randn(outputs, 2048) / 45 for outputs in OUTPUTS)]
+
+    def on_torch(x: Tensor, *weights: Tensor) -> Any:
+        return [torch_few_rows.few_rows(x, weight) for weight in weights]
+
+    def on_xla(x: jax.Array, *weights: jax.Array) -> Any:
+        return [few_rows(x, weight) for weight in weights]
+
+    return operands, on_torch, on_xla
+
+
 CASES = {"gdn": (gdn_case, (1, 2)), "attention": (attention_case, (1, 2)), "moe": (moe_case, ())}
+COMPARED = {name: (*case, SIZES) for name, case in CASES.items()} | {"product": (product_case, (), FEW)}
 
 
 def equal_to_torch() -> dict[str, Any]:
@@ -173,8 +190,8 @@ def equal_to_torch() -> dict[str, Any]:
     opened()
     torch.manual_seed(0)
     seen: dict[str, Any] = {}
-    for name, (make, donated) in CASES.items():
-        for size in SIZES:
+    for name, (make, donated, sizes) in COMPARED.items():
+        for size in sizes:
             operands, on_torch, on_xla = make(size)
             mine = on_jax(*operands)
             addresses = [mine[index].unsafe_buffer_pointer() for index in donated]

@@ -15,7 +15,8 @@ import torch
 import tvm_ffi
 
 from core_torch.kernels import attention, gdn_decode, moe, norm_rope
-from jax_bridge.kernels.compiled import open_target
+from core_torch.kernels.few_rows import MAX_ROWS
+from jax_bridge.kernels.compiled import TARGETS, open_target
 
 
 def on_memory_of(tensor: Any) -> torch.Tensor:
@@ -35,7 +36,7 @@ class StandIns:
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
-        for name in ("gdn_decode", "norm_rope", "paged_decode", "moe_route", "moe_group", "moe_decode"):
+        for name in TARGETS:
             open_target(name, tvm_ffi.convert(self._counted(name)), platform="cpu")
 
     def _counted(self, name: str) -> Any:
@@ -47,6 +48,11 @@ class StandIns:
                 function(*(on_memory_of(v) if hasattr(v, "data_ptr") else v for v in values))
 
         return run
+
+    def _few_rows(self, x, weight, out, overlap):
+        assert overlap == 1
+        assert x.shape[0] <= MAX_ROWS
+        out.copy_(torch.nn.functional.linear(x, weight))
 
     def _gdn_decode(
         self, projected, conv, state, slots, conv_weight, a_log, dt_bias, norm_weight, out, *attrs

@@ -13,15 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from core_torch.kernels.choice import KernelOptions, describe
 from core_torch.kernels.native import Answer
 from jax_bridge import LLM, SamplingParams, runner
 from jax_bridge.kernels import compiled
+from jax_bridge.kernels.few_rows import few_rows
 from jax_bridge.kernels.gdn_decode import gdn_decode, gdn_decode_plain
 from jax_bridge.kernels.moe_decode import route_decode, routed_experts_decode
 from jax_bridge.kernels.norm_rope import norm_rope
 from jax_bridge.kernels.paged_decode import paged_decode_attention
+from jax_bridge.layers.linear import Linear
 from tests import reference
 from tests.jax_stand_ins import StandIns
 
@@ -29,6 +32,7 @@ pytestmark = pytest.mark.timeout(120)
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, return_logits=True)
 PROMPTS = [[5, 6, 7, 8, 9], [3] * 11, [1, 2]]
+NAMES = ("few_rows", "gdn_decode", "moe_decode", "norm_rope", "paged_decode")
 B, H, G, D, EXPERTS = 3, 4, 2, 64, 8
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 
@@ -113,6 +117,25 @@ class TestLowering:
         # nine pages of 16 are three blocks of 64 tokens; eight rows for a KV head's query heads
         assert "-> (tensor<3x2x3x8x64xf32>, tensor<3x2x3x8x2xf32>, tensor<3x4x64xbf16>)" in text
         assert not self.aliases(text)
+
+    def test_products_of_few_rows(self) -> None:
+        text = lowered(few_rows, shape(B, D), shape(72, D))
+        assert calls_in(text) == ["few_rows"]
+        assert "-> tensor<3x72xbf16>" in text
+        assert "launch_with_pdl = 1 : i64" in text
+
+    @pytest.mark.parametrize(
+        ("rows", "outputs", "compiled"),
+        [(32, 1024, True), (33, 1, False), (16, 1025, True), (17, 1025, False)],
+    )
+    def test_products_of_many_rows_are_left_to_xla(self, rows: int, outputs: int, compiled: bool) -> None:
+        def product(x, weight):
+            layer = Linear(D, outputs)
+            layer.weight, layer.compiled = nnx.Param(weight), Answer(True)
+            return layer(x)
+
+        text = lowered(product, shape(rows, D), shape(outputs, D))
+        assert (calls_in(text) == ["few_rows"]) == compiled
 
     @pytest.mark.parametrize("routed", [True, False])
     def test_experts(self, routed: bool) -> None:
@@ -200,8 +223,10 @@ def test_decode_runs_in_kernels_and_gives_the_plain_results(folder: Path, usable
     assert not usable.calls
     assert all(a.reason == "kernels='plain' was asked for" for a in answers.values())
     answers, got = generate(folder)
-    assert answers == dict.fromkeys(("gdn_decode", "moe_decode", "norm_rope", "paged_decode"), Answer(True))
-    assert set(usable.calls) == {"gdn_decode", "norm_rope", "paged_decode", "moe_route", "moe_decode"}
+    assert answers == dict.fromkeys(NAMES, Answer(True))
+    assert set(usable.calls) == {
+        "few_rows", "gdn_decode", "norm_rope", "paged_decode", "moe_route", "moe_decode"
+    }  # fmt: skip
     for mine, want in zip(got, plain, strict=True):
         assert mine.token_ids == want.token_ids
         assert reference.relative_error(np.stack(mine.logits), np.stack(want.logits)) < 1e-5
@@ -210,5 +235,5 @@ def test_decode_runs_in_kernels_and_gives_the_plain_results(folder: Path, usable
 def test_without_a_gpu_the_reason_is_told(folder: Path) -> None:
     with LLM(folder, device="cpu", max_model_len=64) as llm:
         assert describe(llm.kernels) == (
-            "plain: gdn_decode, moe_decode, norm_rope, paged_decode (compiled kernels need a CUDA GPU, and this is cpu)"
+            f"plain: {', '.join(NAMES)} (compiled kernels need a CUDA GPU, and this is cpu)"
         )

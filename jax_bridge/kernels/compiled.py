@@ -38,6 +38,7 @@ class Target:
 
 
 TARGETS = {
+    "few_rows": Target("few_rows", ("launch_with_pdl",)),
     "gdn_decode": Target("gdn_decode", ("eps", "units_per_block", "launch_with_pdl"), adapted=True),
     "norm_rope": Target(
         "norm_rope", ("rotary_dim", "theta", "eps", "weight_bias", "launch_with_pdl"), adapted=True
