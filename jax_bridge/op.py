@@ -34,6 +34,7 @@ def allreduce_residual_rmsnorm(
     comm: Communicator | None = None,
     side: str = "attention",
     in_place: bool = True,
+    compiled: bool = False,
 ) -> tuple[Float[Array, "*tokens D"], Float[Array, "*tokens D"]]:
     """Adds the sum over `axis_name` of `partial` to `residual`, and RMS-normalises it: -> (residual, normed).
 
@@ -48,6 +49,9 @@ def allreduce_residual_rmsnorm(
     `in_place`: a fused call writes the new residual over the old one, which costs nothing where the old one is not
     read again: in a chain, a loop, or with the argument donated. Where it is kept (an argument that is not
     donated, a value used twice) XLA copies it before the call; `in_place=False` saves that copy.
+
+    `compiled`: add and norm of a call that is not fused are one kernel. For bfloat16 on GPUs, as
+    `core_torch.kernels.add_norm.check_add_norm` says, once `kernels.compiled.open_kernels` has opened "add_norm".
 
     Fused calls that do not depend on each other have no order, which is an error on CPU and a hang or wrong
     numbers on GPUs: pass one call's residual to the next, as a decoder does, or use `CallOrder`.
@@ -67,6 +71,7 @@ def allreduce_residual_rmsnorm(
         comm=comm,
         side=side,
         in_place=in_place,
+        compiled=compiled,
     )
     return new_residual, normed
 
@@ -93,6 +98,7 @@ def pay(
     comm: Communicator | None,
     side: str,
     in_place: bool,
+    compiled: bool,
 ) -> tuple[jax.Array, jax.Array, Sequence]:
     """`allreduce_residual_rmsnorm` with the number that orders it."""
     _check_array("partial", partial)
@@ -112,7 +118,16 @@ def pay(
     shared = others if alike or not checked else others | axes
     communicator, reason = find_communicator(axis_name, comm)
     call = Reduction(
-        axis_name, side, communicator, reason, checked, alike, float(eps), float(weight_bias), in_place
+        axis_name,
+        side,
+        communicator,
+        reason,
+        checked,
+        alike,
+        float(eps),
+        float(weight_bias),
+        in_place,
+        compiled,
     )
     return reduction.allreduce_residual_rmsnorm(
         call,

@@ -64,6 +64,7 @@ class CallOrder:
             comm=comm,
             side=side,
             in_place=in_place,
+            compiled=False,
         )
         assert number is not None
         return (residual, normed), CallOrder(number)

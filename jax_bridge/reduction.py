@@ -27,6 +27,7 @@ from jax.custom_batching import custom_vmap
 from jax_bridge import plain
 from jax_bridge.axes import AxisName, axes_of
 from jax_bridge.communicator import Communicator
+from jax_bridge.kernels.add_norm import add_norm
 from jax_bridge.report import CallRecord, note
 from jax_bridge.varying import vary_over, varying_axes
 from shared_config import BatchAnswer
@@ -39,7 +40,8 @@ class Reduction:
     """What is fixed when a reduction is traced. `communicator` is None, with the reason, where nothing can fuse.
 
     `checked`: types say over which axes values vary. `alike`: the results are the same on all ranks of the group,
-    and their types say so. `in_place`: the new residual takes over the old one's buffer.
+    and their types say so. `in_place`: the new residual takes over the old one's buffer. `compiled`: add and norm are
+    one kernel where the sum is not fused with them.
     """
 
     axis_name: AxisName
@@ -51,6 +53,7 @@ class Reduction:
     eps: float = 0.0
     weight_bias: float = 0.0
     in_place: bool = False
+    compiled: bool = False
 
     def answer(self, x: jax.Array) -> BatchAnswer:
         """Whether a reduction of `x [..., D]` is fused."""
@@ -87,7 +90,7 @@ def _norm(
     partial, fuses = _noted(call, "allreduce_residual_rmsnorm", partial)
     if not fuses:
         total = plain.allreduce(partial, call.axis_name, call.pinned_order)
-        return *plain.add_rmsnorm(total, residual, weight, call.eps, call.weight_bias), sequence
+        return *_add_rmsnorm(call, total, residual, weight), sequence
     assert call.communicator is not None
     new_residual, normed, next_sequence = call.communicator.transport.allreduce_residual_rmsnorm(
         _rows(partial),
@@ -104,6 +107,15 @@ def _norm(
         vary_over(normed.reshape(partial.shape), axes),
         _like_before(next_sequence, sequence),
     )
+
+
+def _add_rmsnorm(
+    call: Reduction, total: jax.Array, residual: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    if not call.compiled:
+        return plain.add_rmsnorm(total, residual, weight, call.eps, call.weight_bias)
+    stream, normed = add_norm(_rows(total), _rows(residual), weight, call.eps, call.weight_bias)
+    return stream.reshape(total.shape), normed.reshape(total.shape)
 
 
 def _batchable_norm(call: Reduction, in_place: bool) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core_torch.kernels import add_norm as torch_norm
 from core_torch.kernels import few_rows as torch_few_rows
 from core_torch.kernels import gdn_decode as torch_gdn
 from core_torch.kernels import moe_decode as torch_moe
@@ -29,6 +30,7 @@ from core_torch.kernels import paged_decode as torch_paged
 from core_torch.kernels.native import MODULES
 from jax_bridge import LLM, SamplingParams
 from jax_bridge.dlpack import from_torch, to_torch
+from jax_bridge.kernels.add_norm import add_norm
 from jax_bridge.kernels.compiled import open_kernels
 from jax_bridge.kernels.few_rows import few_rows
 from jax_bridge.kernels.gdn_decode import gdn_decode
@@ -181,8 +183,43 @@ def product_case(T: int) -> tuple[list[Tensor], Any, Any]:
     return operands, on_torch, on_xla
 
 
+def norm_case(T: int) -> tuple[list[Tensor], Any, Any]:
+    operands = [randn(T, 2048), randn(T, 2048) * 3, randn(2048) / 10]
+
+    def on_torch(summed: Tensor, residual: Tensor, weight: Tensor) -> Any:
+        alone = torch_norm.add_norm(summed, None, weight, EPS, 1.0)[1]
+        return *torch_norm.add_norm(summed, residual, weight, EPS, 1.0), alone
+
+    def on_xla(summed: jax.Array, residual: jax.Array, weight: jax.Array) -> Any:
+        return *add_norm(summed, residual, weight, EPS, 1.0), add_norm(summed, None, weight, EPS, 1.0)[1]
+
+    return operands, on_torch, on_xla
+
+
+def layer_case(T: int) -> tuple[list[Tensor], Any, Any]:
+    """A product, then add and norm; operands 1 and 2 are the residual and what the norm gave."""
+    operands = [randn(2048, 2048) / 45, randn(T, 2048), randn(T, 2048), randn(2048) / 10]
+
+    def on_torch(weight: Tensor, residual: Tensor, normed: Tensor, norm_weight: Tensor) -> Any:
+        part = torch_few_rows.few_rows(normed, weight)
+        stream, out = torch_norm.add_norm(part, residual, norm_weight, EPS, 1.0)
+        residual.copy_(stream)
+        normed.copy_(out)
+        return part, residual, normed
+
+    def on_xla(weight: jax.Array, residual: jax.Array, normed: jax.Array, norm_weight: jax.Array) -> Any:
+        part = few_rows(normed, weight)
+        return part, *add_norm(part, residual, norm_weight, EPS, 1.0)
+
+    return operands, on_torch, on_xla
+
+
 CASES = {"gdn": (gdn_case, (1, 2)), "attention": (attention_case, (1, 2)), "moe": (moe_case, ())}
-COMPARED = {name: (*case, SIZES) for name, case in CASES.items()} | {"product": (product_case, (), FEW)}
+COMPARED = {name: (*case, SIZES) for name, case in CASES.items()} | {
+    "product": (product_case, (), FEW),
+    "norm": (norm_case, (), SIZES),
+}
+LOOPS = {"gdn": gdn_case, "attention": attention_case, "layer": layer_case}
 
 
 def equal_to_torch() -> dict[str, Any]:
@@ -209,8 +246,8 @@ def equal_in_a_loop() -> dict[str, Any]:
     opened()
     torch.manual_seed(1)
     seen: dict[str, Any] = {}
-    for name in ("gdn", "attention"):
-        operands, on_torch, on_xla = CASES[name][0](8)
+    for name, make in LOOPS.items():
+        operands, on_torch, on_xla = make(8)
         first, conv, state, *rest = on_jax(*operands)
 
         def steps(x: jax.Array, a: jax.Array, b: jax.Array, *rest: jax.Array, step: Any = on_xla) -> Any:
@@ -218,8 +255,7 @@ def equal_in_a_loop() -> dict[str, Any]:
                 out, a, b = step(x, carried[1], carried[2], *rest)
                 return out.reshape(carried[0].shape), a, b
 
-            width = 16 * 128
-            return jax.lax.fori_loop(0, 8, one, (jnp.zeros((x.shape[0], width), x.dtype), a, b))
+            return jax.lax.fori_loop(0, 8, one, (jnp.zeros((8, 2048), x.dtype), a, b))
 
         run = jax.jit(steps, donate_argnums=(1, 2))
         out = None

@@ -15,6 +15,7 @@ import torch
 import tvm_ffi
 
 from core_torch.kernels import attention, gdn_decode, moe, norm_rope
+from core_torch.kernels.contract import add_rmsnorm
 from core_torch.kernels.few_rows import MAX_ROWS
 from jax_bridge.kernels.compiled import TARGETS, open_target
 
@@ -48,6 +49,16 @@ class StandIns:
                 function(*(on_memory_of(v) if hasattr(v, "data_ptr") else v for v in values))
 
         return run
+
+    def _add_norm(self, summed, residual, weight, out_residual, out_normed, eps, weight_bias, overlap):
+        assert overlap == 1
+        assert (residual is None) == (out_residual is None)
+        stream, normed = add_rmsnorm(summed, residual, weight, eps, weight_bias)
+        out_normed.copy_(normed)
+        if out_residual is not None:
+            out_residual.copy_(stream)
+
+    _norm = _add_norm
 
     def _few_rows(self, x, weight, out, overlap):
         assert overlap == 1

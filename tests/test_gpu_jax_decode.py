@@ -30,14 +30,14 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Cases:
 
 def test_bitwise_equal_to_torch_and_in_place(kernels: Cases) -> None:
     found = kernels.result("equal_to_torch")
-    assert len(found) == 4 * 4
+    assert len(found) == 5 * 4
     assert {
         name: case for name, case in found.items() if any(case["different"]) or not case["in_place"]
     } == {}
 
 
 def test_steps_of_a_loop_go_on_from_their_own_state(kernels: Cases) -> None:
-    assert kernels.result("equal_in_a_loop") == {"gdn": [0, 0, 0], "attention": [0, 0, 0]}
+    assert kernels.result("equal_in_a_loop") == {name: [0, 0, 0] for name in ("gdn", "attention", "layer")}
 
 
 @pytest.mark.parametrize(("case", "gpus"), [("engine_on_one", 1), ("engine_on_two", 2)])
@@ -45,7 +45,14 @@ def test_the_engine_is_as_good_as_with_plain_kernels(
     case: str, gpus: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     found = result(tmp_path_factory, case, gpus=gpus).result(case)
-    assert found["kernels"].keys() == {"few_rows", "gdn_decode", "moe_decode", "norm_rope", "paged_decode"}
+    assert found["kernels"].keys() == {
+        "add_norm",
+        "few_rows",
+        "gdn_decode",
+        "moe_decode",
+        "norm_rope",
+        "paged_decode",
+    }
     assert all(answer == [True, ""] for answer in found["kernels"].values()), found["kernels"]
     mine, base = found["relative"]
     assert mine <= SLACK * base

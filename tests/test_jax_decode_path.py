@@ -19,9 +19,11 @@ from core_torch.kernels.choice import KernelOptions, describe
 from core_torch.kernels.native import Answer
 from jax_bridge import LLM, SamplingParams, runner
 from jax_bridge.kernels import compiled
+from jax_bridge.kernels.add_norm import add_norm
 from jax_bridge.kernels.few_rows import few_rows
 from jax_bridge.kernels.gdn_decode import gdn_decode, gdn_decode_plain
 from jax_bridge.kernels.moe_decode import route_decode, routed_experts_decode
+from jax_bridge.kernels.norm import rms_norm
 from jax_bridge.kernels.norm_rope import norm_rope
 from jax_bridge.kernels.paged_decode import paged_decode_attention
 from jax_bridge.layers.linear import Linear
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.timeout(120)
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, return_logits=True)
 PROMPTS = [[5, 6, 7, 8, 9], [3] * 11, [1, 2]]
-NAMES = ("few_rows", "gdn_decode", "moe_decode", "norm_rope", "paged_decode")
+NAMES = ("add_norm", "few_rows", "gdn_decode", "moe_decode", "norm_rope", "paged_decode")
 B, H, G, D, EXPERTS = 3, 4, 2, 64, 8
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 
@@ -117,6 +119,15 @@ class TestLowering:
         # nine pages of 16 are three blocks of 64 tokens; eight rows for a KV head's query heads
         assert "-> (tensor<3x2x3x8x64xf32>, tensor<3x2x3x8x2xf32>, tensor<3x4x64xbf16>)" in text
         assert not self.aliases(text)
+
+    def test_a_norm_with_and_without_a_residual(self) -> None:
+        text = lowered(lambda x, r, w: add_norm(x, r, w, 1e-6, 1.0), shape(B, D), shape(B, D), shape(D))
+        assert calls_in(text) == ["add_norm"]
+        assert "-> (tensor<3x64xbf16>, tensor<3x64xbf16>)" in text
+        assert "weight_bias = 1.000000e+00 : f64" in text
+        text = lowered(lambda x, w: add_norm(x, None, w, 1e-6, 1.0), shape(B, D), shape(D))
+        assert calls_in(text) == ["norm"]
+        assert "-> tensor<3x64xbf16>" in text
 
     def test_products_of_few_rows(self) -> None:
         text = lowered(few_rows, shape(B, D), shape(72, D))
@@ -213,6 +224,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         del reference.CONFIGS["two_layers"]
 
 
+def test_a_norm_gets_its_operands_in_order(usable: StandIns) -> None:
+    x, residual, weight = (random(shape(*sizes), seed) for seed, sizes in enumerate([(B, D), (B, D), (D,)]))
+    for stream in (residual, None):
+        got = jax.jit(lambda s: add_norm(x, s, weight, 1e-6, 1.0))(stream)
+        summed = x if stream is None else x + stream
+        np.testing.assert_allclose(got[0], summed, rtol=1e-6)
+        np.testing.assert_allclose(
+            got[1], rms_norm(summed, weight, eps=1e-6, weight_bias=1.0), rtol=1e-5, atol=1e-6
+        )
+    assert usable.calls == {"add_norm": 1, "norm": 1}
+
+
 def generate(folder: Path, **options: Any) -> tuple[Any, list[Any]]:
     with LLM(folder, 2, device="cpu", dtype="float32", max_model_len=64, **options) as llm:
         return llm.kernels, llm.generate(PROMPTS, GREEDY)
@@ -225,7 +248,7 @@ def test_decode_runs_in_kernels_and_gives_the_plain_results(folder: Path, usable
     answers, got = generate(folder)
     assert answers == dict.fromkeys(NAMES, Answer(True))
     assert set(usable.calls) == {
-        "few_rows", "gdn_decode", "norm_rope", "paged_decode", "moe_route", "moe_decode"
+        "add_norm", "norm", "few_rows", "gdn_decode", "norm_rope", "paged_decode", "moe_route", "moe_decode"
     }  # fmt: skip
     for mine, want in zip(got, plain, strict=True):
         assert mine.token_ids == want.token_ids

@@ -27,17 +27,21 @@ PREFIX = "crossfuse.gpu."
 
 @dataclass(frozen=True)
 class Target:
-    """A TVM-FFI function of a module in csrc: `function(*operands, *results, *attrs)`.
+    """A TVM-FFI function of a module in csrc: `function(*operands, *results, *attrs)`, named as the target is.
 
-    `adapted`: its own parameters have another order, and `native/decode_adaptor.cc` stands between.
+    `adapted`: its own parameters are others, and `native/decode_adaptor.cc` stands between. `function` is its name
+    where that differs.
     """
 
     module: str
     attrs: tuple[str, ...]
     adapted: bool = False
+    function: str | None = None
 
 
 TARGETS = {
+    "add_norm": Target("add_norm", ("eps", "weight_bias", "launch_with_pdl")),
+    "norm": Target("add_norm", ("eps", "weight_bias", "launch_with_pdl"), adapted=True, function="add_norm"),
     "few_rows": Target("few_rows", ("launch_with_pdl",)),
     "gdn_decode": Target("gdn_decode", ("eps", "units_per_block", "launch_with_pdl"), adapted=True),
     "norm_rope": Target(
@@ -70,7 +74,8 @@ def open_kernels(modules: Iterable[str], device: torch.device) -> None:
     wanted = set(modules)
     for name, target in TARGETS.items():
         if target.module in wanted:
-            open_target(name, kernels.function(name, device, of=target.module), platform="gpu")
+            function = kernels.function(target.function or name, device, of=target.module)
+            open_target(name, function, platform="gpu")
 
 
 def open_target(name: str, function: object, *, platform: str) -> None:

@@ -8,6 +8,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from core_torch.kernels.add_norm import check_add_norm
+from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
+from jax_bridge.kernels.add_norm import add_norm
 from jax_bridge.kernels.norm import gated_rms_norm, rms_norm
 from jax_bridge.layers.parameter import parameter
 from jax_bridge.op import allreduce_residual_rmsnorm
@@ -22,8 +25,16 @@ class RMSNorm(nnx.Module):
     def __init__(self, dim: int, eps: float) -> None:
         self.weight = parameter(dim)
         self.eps = eps
+        self.compiled = NOT_ASKED
+
+    def choose_kernels(self, options: KernelOptions) -> Answers:
+        self.compiled = options.ask("add_norm", check_add_norm, hidden_size=self.weight.shape[0])
+        return {"add_norm": self.compiled}
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        if self.compiled.usable:
+            rows = x.reshape(-1, x.shape[-1])
+            return add_norm(rows, None, self.weight[...], self.eps, WEIGHT_BIAS)[1].reshape(x.shape)
         return rms_norm(x, self.weight[...], eps=self.eps, weight_bias=WEIGHT_BIAS)
 
     def pay(self, owed: PartialSum, residual: Float[Array, "T D"]) -> tuple[jax.Array, jax.Array]:
@@ -37,6 +48,7 @@ class RMSNorm(nnx.Module):
             weight_bias=WEIGHT_BIAS,
             comm=owed.axis.comm,
             side=owed.axis.side,
+            compiled=self.compiled.usable,
         )
 
 

@@ -41,6 +41,11 @@ void check_in_place(TensorView operand, TensorView result, const char* name) {
   }
 }
 
+// The residual that `add_norm` may lack; XLA has no operand that is missing.
+void norm(TensorView summed, TensorView weight, TensorView out, double eps, double weight_bias, bool launch_with_pdl) {
+  find_kernel("norm")(summed, nullptr, weight, nullptr, out, eps, weight_bias, launch_with_pdl);
+}
+
 void gdn_decode(TensorView projected, TensorView conv, TensorView state, TensorView slots, TensorView conv_weight,
                 TensorView a_log, TensorView dt_bias, TensorView norm_weight, TensorView out, TensorView new_conv,
                 TensorView new_state, double eps, int64_t units_per_block, bool launch_with_pdl) {
@@ -79,6 +84,7 @@ void paged_decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorVi
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_kernel, set_kernel);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm, norm);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gdn_decode, gdn_decode);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_rope, norm_rope);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(paged_decode, paged_decode);
