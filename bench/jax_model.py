@@ -33,7 +33,6 @@ from jax_bridge.layers.mlp import Experts
 from jax_bridge.models.qwen3_next import Qwen3Next
 from jax_bridge.parallel import choose_devices
 from jax_bridge.runner import Job, ModelRunner
-from jax_bridge.sampler import greedy
 from jax_bridge.session import SessionSpec, open_session
 from jax_bridge.weights import Weights, dummy_weights, load_checkpoint
 from shared_config import FusionRequest, ParallelLayout
@@ -192,8 +191,8 @@ def _feed(
 
     def one_step(state: tuple[Any, ...]) -> tuple[Any, ...]:
         count, batch, cache, _ = state
-        logits, cache = model(batch, cache)
-        return count + 1, batch.next_token(tokens[count], page_size), cache, greedy(logits)
+        chosen, cache = model.best_tokens(batch, cache)
+        return count + 1, batch.next_token(tokens[count], page_size), cache, chosen
 
     state = (jnp.int32(0), first, cache, jnp.zeros_like(first.token_ids))
     _, _, cache, chosen = jax.lax.while_loop(goes_on, one_step, state)

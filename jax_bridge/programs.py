@@ -49,8 +49,7 @@ def run_loop(
 
     def one_step(state: tuple[Any, ...]) -> tuple[Any, ...]:
         count, ended, batch, cache, tokens = state
-        logits, cache = model(batch, cache)
-        chosen = greedy(logits)
+        chosen, cache = model.best_tokens(batch, cache)
         ended = ended | (ends & jnp.isin(chosen, jnp.asarray(eos, jnp.int32)))
         return count + 1, ended, batch.next_token(chosen, page_size), cache, tokens.at[count].set(chosen)
 

@@ -27,6 +27,7 @@ from core_torch.kernels import gdn_decode as torch_gdn
 from core_torch.kernels import moe_decode as torch_moe
 from core_torch.kernels import norm_rope as torch_rope
 from core_torch.kernels import paged_decode as torch_paged
+from core_torch.kernels import vocabulary as torch_vocabulary
 from core_torch.kernels.native import MODULES
 from jax_bridge import LLM, SamplingParams
 from jax_bridge.dlpack import from_torch, to_torch
@@ -38,6 +39,7 @@ from jax_bridge.kernels.moe import routed_experts
 from jax_bridge.kernels.moe_decode import route_decode, routed_experts_decode
 from jax_bridge.kernels.norm_rope import norm_rope
 from jax_bridge.kernels.paged_decode import paged_decode_attention
+from jax_bridge.kernels.vocabulary import largest_keys, largest_keys_plain
 from tests.gpu_jax_cases import run_cases
 
 TINY = Path(__file__).parent / "data/tiny-qwen3-next"
@@ -214,12 +216,37 @@ def layer_case(T: int) -> tuple[list[Tensor], Any, Any]:
     return operands, on_torch, on_xla
 
 
-CASES = {"gdn": (gdn_case, (1, 2)), "attention": (attention_case, (1, 2)), "moe": (moe_case, ())}
-COMPARED = {name: (*case, SIZES) for name, case in CASES.items()} | {
+def vocabulary_case(T: int) -> tuple[list[Tensor], Any, Any]:
+    """Whole numbers, so many ties and both zeros; the second rows begin anywhere."""
+    operands = [randn(T, 75968).round(), randn(T, 1003).round()]
+
+    def on_torch(*logits: Tensor) -> Any:
+        keys = [torch_vocabulary.largest_keys(x, first=0).view(torch.int32).view(T, 2) for x in logits]
+        return *keys, *keys
+
+    def on_xla(*logits: jax.Array) -> Any:
+        return *map(largest_keys, logits), *map(largest_keys_plain, logits)
+
+    return operands, on_torch, on_xla
+
+
+# (the case, which operands change in place, sizes)
+COMPARED: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
+    "gdn": (gdn_case, (1, 2), SIZES),
+    "attention": (attention_case, (1, 2), SIZES),
+    "moe": (moe_case, (), SIZES),
     "product": (product_case, (), FEW),
     "norm": (norm_case, (), SIZES),
+    "vocabulary": (vocabulary_case, (), SIZES),
 }
 LOOPS = {"gdn": gdn_case, "attention": attention_case, "layer": layer_case}
+# (the case, whether operands 1 and 2 are carried on, sizes)
+TIMED = {
+    "gdn": (gdn_case, True, (1, 8, 64, 128)),
+    "attention": (attention_case, True, (1, 8, 64)),
+    "moe": (moe_case, False, (1, 8, 64, 128)),
+    "layer": (layer_case, True, (1, 8, 32)),
+}
 
 
 def equal_to_torch() -> dict[str, Any]:
@@ -322,14 +349,12 @@ def times() -> dict[str, Any]:
     """Microseconds a call of each compiled kernel, in chains, and of two ways to run the experts of many tokens."""
     opened()
     seen: dict[str, Any] = {}
-    for name, (make, donated) in CASES.items():
-        for size in (1, 8, 64, 128):
-            if name == "attention" and size > 64:
-                continue
+    for name, (make, carries, sizes) in TIMED.items():
+        for size in sizes:
             operands, _, on_xla = make(size)
             mine = on_jax(*operands)
             short, long = (  # the difference leaves out what a program costs to start
-                time_us(functools.partial(chain, on_xla, bool(donated), count), mine) for count in (8, 40)
+                time_us(functools.partial(chain, on_xla, carries, count), mine) for count in (8, 40)
             )
             seen[f"{name} {size}"] = round((long - short) / 32, 1)
     gate_up, down = on_jax(*expert_weights())

@@ -102,7 +102,7 @@ def test_everything_on_cpu(tmp_path: Path) -> None:
     assert set(loaded.decisions) == {"torch op", "jax op", "torch model", "jax model"}
     assert all(decision.enabled for decision in loaded.decisions.values())
     kernels, memory, jax_kernels = loaded.notes
-    assert jax_kernels.startswith("jax: kernels plain: gdn_decode, ")
+    assert jax_kernels.startswith("jax: kernels plain: add_norm, ")
     assert kernels.startswith("torch: kernels plain: ")
     assert memory.startswith("torch: memory of rank 0: weights")
 

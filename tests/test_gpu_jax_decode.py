@@ -30,7 +30,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Cases:
 
 def test_bitwise_equal_to_torch_and_in_place(kernels: Cases) -> None:
     found = kernels.result("equal_to_torch")
-    assert len(found) == 5 * 4
+    assert len(found) == 6 * 4
     assert {
         name: case for name, case in found.items() if any(case["different"]) or not case["in_place"]
     } == {}
@@ -52,6 +52,7 @@ def test_the_engine_is_as_good_as_with_plain_kernels(
         "moe_decode",
         "norm_rope",
         "paged_decode",
+        "vocabulary",
     }
     assert all(answer == [True, ""] for answer in found["kernels"].values()), found["kernels"]
     mine, base = found["relative"]

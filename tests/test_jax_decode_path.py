@@ -5,6 +5,7 @@ On CPU plain torch stands in for each kernel, behind the same C++ adaptor, with 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
+from core_torch.kernels import vocabulary
 from core_torch.kernels.choice import KernelOptions, describe
 from core_torch.kernels.native import Answer
 from jax_bridge import LLM, SamplingParams, runner
@@ -26,7 +30,10 @@ from jax_bridge.kernels.moe_decode import route_decode, routed_experts_decode
 from jax_bridge.kernels.norm import rms_norm
 from jax_bridge.kernels.norm_rope import norm_rope
 from jax_bridge.kernels.paged_decode import paged_decode_attention
+from jax_bridge.kernels.vocabulary import largest_keys, largest_keys_plain
+from jax_bridge.layers.embedding import ParallelHead
 from jax_bridge.layers.linear import Linear
+from jax_bridge.partial_sum import ReduceAxis
 from tests import reference
 from tests.jax_stand_ins import StandIns
 
@@ -34,7 +41,7 @@ pytestmark = pytest.mark.timeout(120)
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, return_logits=True)
 PROMPTS = [[5, 6, 7, 8, 9], [3] * 11, [1, 2]]
-NAMES = ("add_norm", "few_rows", "gdn_decode", "moe_decode", "norm_rope", "paged_decode")
+NAMES = ("add_norm", "few_rows", "gdn_decode", "moe_decode", "norm_rope", "paged_decode", "vocabulary")
 B, H, G, D, EXPERTS = 3, 4, 2, 64, 8
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 
@@ -128,6 +135,11 @@ class TestLowering:
         text = lowered(lambda x, w: add_norm(x, None, w, 1e-6, 1.0), shape(B, D), shape(D))
         assert calls_in(text) == ["norm"]
         assert "-> tensor<3x64xbf16>" in text
+
+    def test_a_key_is_two_numbers(self) -> None:
+        text = lowered(largest_keys, shape(B, 75))
+        assert calls_in(text) == ["vocabulary_argmax"]
+        assert "-> tensor<3x2xi32>" in text
 
     def test_products_of_few_rows(self) -> None:
         text = lowered(few_rows, shape(B, D), shape(72, D))
@@ -236,22 +248,59 @@ def test_a_norm_gets_its_operands_in_order(usable: StandIns) -> None:
     assert usable.calls == {"add_norm": 1, "norm": 1}
 
 
-def generate(folder: Path, **options: Any) -> tuple[Any, list[Any]]:
-    with LLM(folder, 2, device="cpu", dtype="float32", max_model_len=64, **options) as llm:
-        return llm.kernels, llm.generate(PROMPTS, GREEDY)
+@pytest.mark.parametrize(("vocab_size", "ranks"), [(64, 4), (61, 4), (9, 4), (61, 1)])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_best_tokens_of_a_vocabulary_over_ranks(
+    vocab_size: int, ranks: int, compiled: bool, usable: StandIns
+) -> None:
+    """Ties between ranks and within one, both zeros, infinities; padding, which may be a whole rank, never wins."""
+    rows = -(-vocab_size // ranks)
+    logits = np.random.default_rng(0).standard_normal((6, ranks * rows)).astype(np.float32)
+    logits[0] = -1
+    logits[1, 3 :: rows // 2] = 7
+    logits[2] = -np.abs(logits[2])
+    logits[2, [vocab_size - 1, 3]] = 0.0, -0.0
+    logits[3] = -np.inf
+    logits[4, 5] = np.inf
+    logits[:, vocab_size:] = 9
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:ranks]), ("tp",))
+
+    def best(local):
+        head = ParallelHead(vocab_size, D, ReduceAxis("tp", ranks, "attention"), None)
+        head.compiled = Answer(compiled)
+        return head.argmax(local)
+
+    run = jax.jit(jax.shard_map(best, mesh=mesh, in_specs=P(None, "tp"), out_specs=P()))
+    np.testing.assert_array_equal(run(logits), logits[:, :vocab_size].argmax(-1))
+    assert usable.calls["vocabulary_argmax"] == (ranks if compiled else 0)
 
 
-def test_decode_runs_in_kernels_and_gives_the_plain_results(folder: Path, usable: StandIns) -> None:
-    answers, plain = generate(folder, kernels="plain")
+def test_keys_are_those_of_torch() -> None:
+    logits = np.random.default_rng(1).standard_normal((5, 40)).astype(np.float32)
+    logits[1], logits[2] = -0.0, -np.abs(logits[2])
+    want = vocabulary.largest_keys_plain(torch.from_numpy(logits), first=0)
+    np.testing.assert_array_equal(largest_keys_plain(jnp.asarray(logits)), want.view(torch.int32).view(5, 2))
+
+
+def generate(folder: Path, ranks: int, **options: Any) -> tuple[Any, list[Any], list[Any]]:
+    """The answers, and what single steps and a loop give."""
+    with LLM(folder, ranks, device="cpu", dtype="float32", max_model_len=64, **options) as llm:
+        looped = llm.generate(PROMPTS, dataclasses.replace(GREEDY, return_logits=False))
+        return llm.kernels, llm.generate(PROMPTS, GREEDY), looped
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_decode_runs_in_kernels_and_gives_the_plain_results(
+    ranks: int, folder: Path, usable: StandIns
+) -> None:
+    answers, plain, _ = generate(folder, ranks, kernels="plain")
     assert not usable.calls
     assert all(a.reason == "kernels='plain' was asked for" for a in answers.values())
-    answers, got = generate(folder)
+    answers, got, looped = generate(folder, ranks)
     assert answers == dict.fromkeys(NAMES, Answer(True))
-    assert set(usable.calls) == {
-        "add_norm", "norm", "few_rows", "gdn_decode", "norm_rope", "paged_decode", "moe_route", "moe_decode"
-    }  # fmt: skip
-    for mine, want in zip(got, plain, strict=True):
-        assert mine.token_ids == want.token_ids
+    assert set(usable.calls) == set(compiled.TARGETS) - {"moe_group"}
+    for mine, loops, want in zip(got, looped, plain, strict=True):
+        assert mine.token_ids == loops.token_ids == want.token_ids
         assert reference.relative_error(np.stack(mine.logits), np.stack(want.logits)) < 1e-5
 
 

@@ -51,6 +51,7 @@ TARGETS = {
     "moe_route": Target("moe_decode", ("num_experts", "normalize", "launch_with_pdl")),
     "moe_group": Target("moe_decode", ("num_experts", "launch_with_pdl")),
     "moe_decode": Target("moe_decode", ("launch_with_pdl",)),
+    "vocabulary_argmax": Target("vocabulary", ("launch_with_pdl",), adapted=True),
 }
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from jax_bridge.axes import MeshAxis
 from jax_bridge.batch import Batch
@@ -95,6 +95,20 @@ class Qwen3Next(nnx.Module):
         self, batch: Batch, caches: list[LayerCache]
     ) -> tuple[Float[Array, "L V"], list[LayerCache]]:
         """Logits [L, V] in float32 of `batch.logit_rows`, and the new caches."""
+        hidden, caches = self.hidden_states(batch, caches)
+        return self.lm_head(hidden).astype(jnp.float32), caches
+
+    def best_tokens(
+        self, batch: Batch, caches: list[LayerCache]
+    ) -> tuple[Int32[Array, " L"], list[LayerCache]]:
+        """The token with the largest logit of each of `batch.logit_rows`, and the new caches; gathers no logits."""
+        hidden, caches = self.hidden_states(batch, caches)
+        return self.lm_head.argmax(self.lm_head.local(hidden)), caches
+
+    def hidden_states(
+        self, batch: Batch, caches: list[LayerCache]
+    ) -> tuple[Float[Array, "L D"], list[LayerCache]]:
+        """What the head takes, of `batch.logit_rows`, and the new caches."""
         PartialSum.open_debts = 0  # a trace that failed half-way owes nothing any more
         owed: PartialSum | None = None
         residual = self.embed_tokens(self.pieces.cut(batch.token_ids, batch))
@@ -106,4 +120,4 @@ class Qwen3Next(nnx.Module):
         assert owed is not None  # a config has at least one layer
         _, hidden = self.norm.pay(owed, residual)
         PartialSum.check_settled()
-        return self.lm_head(self.pieces.pick(hidden, batch)).astype(jnp.float32), updated
+        return self.pieces.pick(hidden, batch), updated

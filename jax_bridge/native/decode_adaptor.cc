@@ -81,6 +81,19 @@ void paged_decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorVi
                               launch_with_pdl);
 }
 
+// A key has 64 bits, where XLA in its usual mode has 32: two of them [T, 2]. Every rank counts its entries from zero.
+void vocabulary_argmax(TensorView logits, TensorView halves, bool launch_with_pdl) {
+  int64_t shape[] = {halves.size(0)}, strides[] = {1};
+  DLTensor keys{};
+  keys.data = halves.data_ptr();
+  keys.device = halves.device();
+  keys.ndim = 1;
+  keys.dtype = DLDataType{kDLInt, 64, 1};
+  keys.shape = shape;
+  keys.strides = strides;
+  find_kernel("vocabulary_argmax")(logits, TensorView(&keys), int64_t{0}, launch_with_pdl);
+}
+
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_kernel, set_kernel);
@@ -88,3 +101,4 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm, norm);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gdn_decode, gdn_decode);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_rope, norm_rope);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(paged_decode, paged_decode);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(vocabulary_argmax, vocabulary_argmax);
