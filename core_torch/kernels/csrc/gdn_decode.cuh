@@ -199,6 +199,7 @@ __global__ void __launch_bounds__(kUnits* kUnitThreads, kUnitsResident / kUnits)
 
   fetch_all_ahead(p.ahead, blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y);
   wait_for_previous_grid();
+  let_next_grid_start();
 
   const bf16* projected = p.projected + row * p.projected_stride;
   if (unit == 0 && part < 2) {

@@ -212,6 +212,7 @@ struct Combine {
 __global__ void combine(const __grid_constant__ Combine p) {
   fetch_all_ahead(p.ahead, blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y);
   wait_for_previous_grid();
+  let_next_grid_start();
   const int column = (blockIdx.x * blockDim.x + threadIdx.x) * 4, token = blockIdx.y;
   if (column >= p.D) return;
   float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);

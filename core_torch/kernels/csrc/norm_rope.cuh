@@ -34,6 +34,7 @@ __device__ __forceinline__ int64_t index(const Params& p, const void* array, int
 __global__ void __launch_bounds__(kMaxWarps* kWarp) write(const __grid_constant__ Params p) {
   __shared__ float cosine[kMaxDim / 2], sine[kMaxDim / 2];
   wait_for_previous_grid();
+  let_next_grid_start();
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp, half = p.R / 2;
   const int64_t token = blockIdx.x;
   const int64_t place = index(p, p.slots, token * p.slots_stride);
