@@ -317,30 +317,6 @@ def test_paged_norm_rope(T: int, H: int, G: int, d: int, R: int) -> None:
     assert torch.equal(short, got)
 
 
-def paged_variant(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: Tensor,
-    lengths: Tensor,
-    *,
-    scale: float,
-    stages: int,
-    long_tokens: int,
-) -> Tensor:
-    """`paged_decode_attention` with `stages` tiles a warp under way and chunks of `long_tokens` from 512 tokens on."""
-    (B, _, d), G = q.shape, k.shape[2]
-    splits = min(-(-tables.shape[1] * k.shape[1] // 64), 64)
-    scratch = [torch.empty(B, G, splits, 8, width, device="cuda") for width in (d, 2)]
-    out = torch.empty_like(q)
-    function = native.function("paged_decode_variant", q.device, of="paged_decode")
-    function(q, k, v, tables, lengths, *scratch, out, None, scale, True, None, None, stages, long_tokens)
-    return out
-
-
-PAGED_VARIANTS = [(stages, long_tokens) for stages in (1, 2) for long_tokens in (64, 128, 256)]
-
-
 class Paged:
     """Sequences in shuffled pages; unused places of the caches are NaN."""
 
@@ -366,18 +342,6 @@ class Paged:
     def run(self, **options: Any) -> Tensor:
         return paged_decode_attention(
             self.q, self.k, self.v, self.tables, self.lengths, scale=self.scale, **options
-        )
-
-    def variant(self, stages: int, long_tokens: int) -> Tensor:
-        return paged_variant(
-            self.q,
-            self.k,
-            self.v,
-            self.tables,
-            self.lengths,
-            scale=self.scale,
-            stages=stages,
-            long_tokens=long_tokens,
         )
 
     def plain(self) -> Tensor:
@@ -406,10 +370,7 @@ def test_paged_decode(H: int, G: int, d: int, page: int) -> None:
     around = [n + by for n in (16, 64, 128, 256, 512, 1024) for by in (-1, 0, 1)]
     for lengths in ((1,), (3, 63, 67), (1000, 1, 64, 5001), (9000, 4096), tuple(range(1, 68)), (*around, 1)):
         case = Paged(lengths, H, G, d, page)
-        plain, want = case.plain(), case.reference()
-        assert_as_close(case.run(), plain, want)
-        for variant in PAGED_VARIANTS:
-            assert_as_close(case.variant(*variant), plain, want)
+        assert_as_close(case.run(), case.plain(), case.reference())
 
 
 def test_paged_decode_gates_its_result() -> None:
@@ -427,25 +388,20 @@ def test_paged_decode_bits_do_not_depend_on_the_batch_or_the_launch() -> None:
     want = case.run()
     for options in ({"launch_with_pdl": False}, {"ahead": [randn(513, 8), randn(7)]}):
         assert torch.equal(case.run(**options), want)
-    variants = {variant: case.variant(*variant) for variant in PAGED_VARIANTS}
     case.tables, case.lengths = case.tables.int(), case.lengths.int()
     torch.cuda.synchronize()  # they may not be written by the kernel right before
     assert torch.equal(case.run(), want)
     case.q, case.tables, case.lengths = case.q[50:51], case.tables[50:51], case.lengths[50:51]
     assert torch.equal(case.run(), want[50:51])
-    for variant, whole in variants.items():
-        assert torch.equal(case.variant(*variant), whole[50:51]), variant
 
 
 def test_paged_decode_many_times() -> None:
     """More chunks than blocks at a time, again and again: a copy that is not waited for would differ some time."""
     case = Paged((1024,) * 64 + (0, 17, 3000), 8, 1, 256, 16)
-    runs = [case.run, *(partial(case.variant, *variant) for variant in PAGED_VARIANTS)]
-    for run in runs:
-        want = run()
-        assert want.isfinite().all()
-        for _ in range(20):
-            assert torch.equal(run(), want)
+    want = case.run()
+    assert want.isfinite().all()
+    for _ in range(20):
+        assert torch.equal(case.run(), want)
 
 
 def test_paged_decode_in_a_graph_follows_the_lengths() -> None:
@@ -555,10 +511,6 @@ def time_paged(B: int, length: int) -> Iterator[Row]:
     yield f"paged_decode, {length} tokens", B, median_us([call(t) for t in tables]), moved
     us = median_us([call(t, launch_with_pdl=False) for t in tables])
     yield f"paged_decode, {length} tokens, no PDL", B, us, moved
-    for stages, long_tokens in PAGED_VARIANTS:
-        variant = partial(paged_variant, scale=0.0625, stages=stages, long_tokens=long_tokens)
-        us = median_us([partial(variant, q, k, v, table, lengths) for table in tables])
-        yield f"  {stages} stages, chunks of {long_tokens}", B, us, moved
     projected, positions = randn(B, 18 * 256), torch.arange(B, device="cuda")
     inputs = (projected, positions, positions + 16, k, v)
     options = {"num_heads": 8, "rotary_dim": 64, "theta": 1e7, "eps": EPS, "weight_bias": 1.0}

@@ -15,6 +15,7 @@ from core_torch.kernels import native
 
 MAX_EXPERTS, MAX_CHOICES, RECORD = 1024, 32, 16  # csrc/moe_route.cuh
 MAX_TOKENS = 256  # above, the tensor cores are worth larger tiles than 8 tokens
+MANY_TOKENS = 32
 
 
 def check_moe_decode(
@@ -70,6 +71,12 @@ def route_decode(
     return Routing(weights, experts, tiles)
 
 
+def overlaps(num_tokens: int) -> bool:
+    """Whether one kernel's blocks start while the one before ends: worth it where kernels are short. Where they are
+    long, the next one's blocks take the places of those that still stream weights."""
+    return num_tokens < MANY_TOKENS
+
+
 def _new_tiles(experts: Tensor) -> Tensor:
     return experts.new_empty(experts.numel() + 1, RECORD, dtype=torch.int32)
 
@@ -83,17 +90,18 @@ def routed_experts_decode(
     *,
     tiles: Tensor | None = None,
     ahead: Sequence[Tensor] = (),
-    launch_with_pdl: bool = True,
+    launch_with_pdl: bool | None = None,
 ) -> Tensor:
     """`moe.routed_experts` in two or three kernels; capturable, and a token's bits do not depend on the other tokens.
 
     x [T, D], weights [T, K] bfloat16; experts [T, K] int32 or int64, where an id below 0 stands for no expert;
     gate_up [N, 2I, D] (gate rows first), down [N, D, I] -> this rank's partial sum [T, D]. `tiles` come from
     `route_decode`; without them one more kernel makes them. `ahead`: up to two contiguous tensors (weights that later
-    kernels read) that are fetched into the L2 cache meanwhile.
+    kernels read) that are fetched into the L2 cache meanwhile. `launch_with_pdl`: by the number of tokens.
     """
     T, K = experts.shape
     N, D, I = down.shape  # noqa: E741
+    launch_with_pdl = overlaps(T) if launch_with_pdl is None else launch_with_pdl
     hidden, parts = x.new_empty(T * K, I), x.new_empty(T * K, D, dtype=torch.float32)
     out = x.new_empty(T, D)
     if tiles is None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from core_torch.kernels.moe_decode import RECORD
+from core_torch.kernels.moe_decode import RECORD, overlaps
 from jax_bridge.kernels.compiled import call
 from jax_bridge.transports.base import like
 
@@ -54,7 +54,7 @@ def routed_experts_decode(
     down: Float[Array, "N D I"],
     *,
     tiles: Int32[Array, "pairs record"] | None = None,
-    launch_with_pdl: bool = True,
+    launch_with_pdl: bool | None = None,
 ) -> Float[Array, "T D"]:
     """`moe.routed_experts` in three kernels; a token's bits do not depend on the rest of the batch.
 
@@ -62,6 +62,7 @@ def routed_experts_decode(
     """
     T, K = experts.shape
     N, D, I = down.shape  # noqa: E741
+    launch_with_pdl = overlaps(T) if launch_with_pdl is None else launch_with_pdl
     if tiles is None:
         (tiles,) = call(
             "moe_group", (experts,), (_tiles(T * K),), num_experts=N, launch_with_pdl=launch_with_pdl

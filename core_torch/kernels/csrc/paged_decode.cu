@@ -1,7 +1,5 @@
 // TVM-FFI: paged_decode(q, k, v, tables, lengths, values, sums, out, gate, scale, launch_with_pdl)
 //          paged_decode_ahead(the same, first, second), two tensors or None to be fetched into the L2 cache
-//          paged_decode_variant(the same, stages, long_tokens), to be timed: tiles a warp has under way (1 or
-//          2), and what a long sequence's chunks are multiples of (64, 128 or 256 tokens); part of the bits
 //
 // values float32 [B, G, S, 8, d] and sums float32 [B, G, S, 8, 2] are scratch, with S = min(64, the 64-token
 // blocks of a table's pages). On TVM-FFI's current stream; nothing is allocated.
@@ -11,18 +9,16 @@
 
 namespace crossfuse::paged {
 
-constexpr int64_t kChosenStages = 1, kChosenLongTokens = 64;
-
-template <int kDim, int kStages>
+template <int kDim>
 void start(const Params& params, int64_t most_items, int multiprocessors, cudaStream_t stream, bool overlap) {
-  using Memory = Shared<kDim, kStages>;
+  using Memory = Shared<kDim>;
   // Each time: it holds for the current device only.
-  TVM_FFI_CHECK_CUDA_ERROR(cudaFuncSetAttribute(attend<kDim, kStages>,
+  TVM_FFI_CHECK_CUDA_ERROR(cudaFuncSetAttribute(attend<kDim>,
                                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                 static_cast<int>(sizeof(Memory))));
   const int64_t blocks = std::min<int64_t>(most_items, Memory::resident() * multiprocessors);
   launch({dim3(static_cast<unsigned>(blocks)), dim3(kThreads), stream, overlap, 0, sizeof(Memory)},
-         attend<kDim, kStages>, params);
+         attend<kDim>, params);
   launch(
       {dim3(static_cast<unsigned>(params.H), static_cast<unsigned>(params.B)), dim3(kDim), stream, overlap},
       combine<kDim>, params);
@@ -30,10 +26,9 @@ void start(const Params& params, int64_t most_items, int multiprocessors, cudaSt
 
 using Some = tvm::ffi::Optional<TensorView>;
 
-void run_variant(TensorView q, TensorView k, TensorView v, TensorView tables, TensorView lengths,
-                 TensorView values, TensorView sums, TensorView out, Some gate, double scale,
-                 bool launch_with_pdl, Some first_ahead, Some second_ahead, int64_t stages,
-                 int64_t long_tokens) {
+void run_ahead(TensorView q, TensorView k, TensorView v, TensorView tables, TensorView lengths,
+               TensorView values, TensorView sums, TensorView out, Some gate, double scale,
+               bool launch_with_pdl, Some first_ahead, Some second_ahead) {
   check_rows(q, "q", {-1, -1, -1});
   const int64_t B = q.size(0), H = q.size(1), d = q.size(2);
   check_dense(k, "k", {-1, -1, -1, d});
@@ -63,10 +58,6 @@ void run_variant(TensorView q, TensorView k, TensorView v, TensorView tables, Te
     check_dtype(gate.value(), "gate", kBFloat16);
     check_devices({q, gate.value()});
   }
-  if ((stages != 1 && stages != 2) || (long_tokens != 64 && long_tokens != 128 && long_tokens != 256)) {
-    TVM_FFI_THROW(ValueError) << "stages must be 1 or 2 and long_tokens 64, 128 or 256, got " << stages
-                              << " and " << long_tokens;
-  }
   if (q.stride(0) % 8 != 0) TVM_FFI_THROW(ValueError) << "q's rows must begin at multiples of 16 bytes";
   if (B == 0) return;
 
@@ -90,20 +81,11 @@ void run_variant(TensorView q, TensorView k, TensorView v, TensorView tables, Te
                       static_cast<int>(G),
                       static_cast<int>(page_size),
                       static_cast<int>(splits),
-                      long_tokens == 64 ? 6 : long_tokens == 128 ? 7 : 8,
                       static_cast<float>(scale * 1.4426950408889634),
                       {ahead_of<Ahead>(first_ahead, q), ahead_of<Ahead>(second_ahead, q)}};
   tvm::ffi::CUDADeviceGuard guard(q.device().device_id);
-  auto begin = stages == 1 ? (d == 64 ? start<64, 1> : d == 128 ? start<128, 1> : start<256, 1>)
-                           : (d == 64 ? start<64, 2> : d == 128 ? start<128, 2> : start<256, 2>);
+  auto begin = d == 64 ? start<64> : d == 128 ? start<128> : start<256>;
   begin(params, B * G * splits, num_multiprocessors(q), current_stream(q), launch_with_pdl);
-}
-
-void run_ahead(TensorView q, TensorView k, TensorView v, TensorView tables, TensorView lengths,
-               TensorView values, TensorView sums, TensorView out, Some gate, double scale,
-               bool launch_with_pdl, Some first_ahead, Some second_ahead) {
-  run_variant(q, k, v, tables, lengths, values, sums, out, gate, scale, launch_with_pdl, first_ahead,
-              second_ahead, kChosenStages, kChosenLongTokens);
 }
 
 void run(TensorView q, TensorView k, TensorView v, TensorView tables, TensorView lengths, TensorView values,
@@ -115,4 +97,3 @@ void run(TensorView q, TensorView k, TensorView v, TensorView tables, TensorView
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(paged_decode, crossfuse::paged::run);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(paged_decode_ahead, crossfuse::paged::run_ahead);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(paged_decode_variant, crossfuse::paged::run_variant);

@@ -11,7 +11,7 @@
 //            is one
 //
 // A warp's tiles, through all chunks of its block, are one stream: as soon as a tile's keys, or values, are
-// used, those of the tile kStages further are on their way to their place in shared memory, and stay so while
+// used, those of the next tile are on their way to their place in shared memory, and stay so while
 // the block puts a chunk's results together. A lane reads only what it copied itself, so a tile needs no
 // barrier; the tensor cores' layouts are met by permuting head_dim, alike in q and k, and in v and the result.
 //
@@ -28,9 +28,6 @@ constexpr int kTileTokens = 16, kWarps = 4, kBlockTokens = kTileTokens * kWarps;
 constexpr int kMaxSplits = 64, kMaxGroup = 8, kMaxSequences = 1024;
 constexpr int kThreads = kWarps * kWarp, kMaxBlocks = 4;  // on a multiprocessor at once
 constexpr int kSharedBytes = 227 << 10, kReservedBytes = 1 << 10;  // of a multiprocessor, of each block
-constexpr int kBlockShift = 6;
-static_assert(kBlockTokens == 1 << kBlockShift);
-constexpr int kLongTokens = 512;  // from here on, Params::long_shift
 constexpr float kNothing = -INFINITY;
 
 struct Params {
@@ -47,8 +44,7 @@ struct Params {
   const bf16* gate;  // [B, H d] or null
   int64_t gate_stride;
   int B, H, G, page_size, splits;
-  int long_shift;  // a long sequence's chunks are multiples of this power of two, at least kBlockTokens
-  float scale;     // times log2(e)
+  float scale;  // times log2(e)
   Ahead ahead[2];
 };
 
@@ -57,14 +53,13 @@ __device__ __forceinline__ int index(const Params& p, const void* array, int64_t
   return static_cast<const int32_t*>(array)[p.wide ? 2 * i : i];
 }
 
-__device__ __forceinline__ int chunk_tokens(const Params& p, int length) {
-  const int shift = length < kLongTokens ? kBlockShift : p.long_shift;
-  return (((length + (1 << shift) - 1) >> shift) + kMaxSplits - 1) / kMaxSplits << shift;
+__device__ __forceinline__ int chunk_tokens(int length) {
+  const int blocks = (length + kBlockTokens - 1) / kBlockTokens;
+  return (blocks + kMaxSplits - 1) / kMaxSplits * kBlockTokens;
 }
 
-__device__ __forceinline__ int num_chunks(const Params& p, int length) {
-  const int chunk = chunk_tokens(p, max(length, 0));
-  return length <= 0 ? 0 : (length + chunk - 1) / chunk;
+__device__ __forceinline__ int num_chunks(int length) {
+  return length <= 0 ? 0 : (length + chunk_tokens(length) - 1) / chunk_tokens(length);
 }
 
 // until[b] = the chunks of sequences 0..b-1, over all KV heads; by the whole block.
@@ -74,7 +69,7 @@ __device__ __forceinline__ void count_chunks(const Params& p, int (&until)[kMaxS
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int mine = 0;
   for (int b = first; b < min(first + each, p.B); ++b) {
-    const int chunks = num_chunks(p, index(p, p.lengths, b * p.length_stride)) * p.G;
+    const int chunks = num_chunks(index(p, p.lengths, b * p.length_stride)) * p.G;
     until[b + 1] = chunks;
     mine += chunks;
   }
@@ -106,8 +101,8 @@ __device__ __forceinline__ Item find_item(const Params& p, const int (&until)[kM
   for (int step = kMaxSequences / 2; step > 0; step /= 2) {
     if (sequence + step < p.B && until[sequence + step] <= item) sequence += step;
   }
-  const int length = index(p, p.lengths, sequence * p.length_stride), chunk = chunk_tokens(p, length);
-  const int chunks = num_chunks(p, length), head = (item - until[sequence]) / chunks;
+  const int length = index(p, p.lengths, sequence * p.length_stride), chunk = chunk_tokens(length);
+  const int chunks = num_chunks(length), head = (item - until[sequence]) / chunks;
   const int split = item - until[sequence] - head * chunks;
   return {sequence, head, split, split * chunk, min((split + 1) * chunk, length)};
 }
@@ -121,12 +116,12 @@ struct Words {
   __device__ __forceinline__ explicit Words(const uint4& x) : at{x.x, x.y, x.z, x.w} {}
 };
 
-template <int kDim, int kStages>
+template <int kDim>
 struct Shared {
   struct {
-    uint4 keys[kStages][2][kDim / 32][kWarp];    // 2 tokens a lane
-    uint4 values[kStages][4][kDim / 64][kWarp];  // 4 tokens a lane
-    float results[kMaxGroup][kDim + 8];          // the padding keeps rows in different banks
+    uint4 keys[2][kDim / 32][kWarp];     // 2 tokens a lane
+    uint4 values[4][kDim / 64][kWarp];   // 4 tokens a lane
+    float results[kMaxGroup][kDim + 8];  // the padding keeps rows in different banks
   } warps[kWarps];
   float2 sums[kWarps][kMaxGroup];
   int until[kMaxSequences + 1], warp_total[kWarps];
@@ -136,12 +131,11 @@ struct Shared {
   }
 };
 
-template <int kDim, int kStages>
-__global__ void __launch_bounds__(kThreads, Shared<kDim, kStages>::resident())
-    attend(const __grid_constant__ Params p) {
+template <int kDim>
+__global__ void __launch_bounds__(kThreads, Shared<kDim>::resident()) attend(const __grid_constant__ Params p) {
   constexpr int kKeyChunks = kDim / 32, kValueChunks = kDim / 64;
   extern __shared__ __align__(16) unsigned char memory[];
-  auto& shared = *reinterpret_cast<Shared<kDim, kStages>*>(memory);
+  auto& shared = *reinterpret_cast<Shared<kDim>*>(memory);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, c = lane % 4;
   const int group = p.H / p.G;
   auto& mine = shared.warps[warp];
@@ -173,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, Shared<kDim, kStages>::resident())
     return ((static_cast<int64_t>(tile.page) * p.page_size + tile.place) * p.G + tile.head) * kDim;
   };
   // Each of the two ends a group of copies, of none if there is no tile.
-  const auto fetch_keys = [&](int stage, const Tile& tile) {
+  const auto fetch_keys = [&](const Tile& tile) {
     if (tile.head >= 0) {
       const int64_t place = place_of(tile);
 #pragma unroll
@@ -181,13 +175,13 @@ __global__ void __launch_bounds__(kThreads, Shared<kDim, kStages>::resident())
         const bf16* key = p.k + __shfl_sync(kAllLanes, place, g + 8 * half) + c * 8;
 #pragma unroll
         for (int i = 0; i < kKeyChunks; ++i) {
-          copy_async(&mine.keys[stage][half][i][lane], key + i * 32, true);
+          copy_async(&mine.keys[half][i][lane], key + i * 32, true);
         }
       }
     }
     commit_copies();
   };
-  const auto fetch_values = [&](int stage, const Tile& tile) {
+  const auto fetch_values = [&](const Tile& tile) {
     if (tile.head >= 0) {
       const int64_t place = place_of(tile);
 #pragma unroll
@@ -195,27 +189,19 @@ __global__ void __launch_bounds__(kThreads, Shared<kDim, kStages>::resident())
         const bf16* value = p.v + __shfl_sync(kAllLanes, place, 2 * c + t % 2 + t / 2 * 8) + g * 8;
 #pragma unroll
         for (int i = 0; i < kValueChunks; ++i) {
-          copy_async(&mine.values[stage][t][i][lane], value + i * 64, true);
+          copy_async(&mine.values[t][i][lane], value + i * 64, true);
         }
       }
     }
     commit_copies();
   };
 
-  Tile tiles[kStages];
-#pragma unroll
-  for (int i = 0; i < kStages; ++i) tiles[i] = next_tile();
+  Tile ahead = next_tile();
   wait_for_previous_grid();
   let_next_grid_start();
-#pragma unroll
-  for (int i = 0; i < kStages; ++i) {
-    fetch_keys(i, tiles[i]);
-    fetch_values(i, tiles[i]);
-  }
-  Tile ahead = next_tile();
-  // Behind the group of copies that is waited for: the other groups of kStages tiles' keys and values.
-  constexpr int kPending = 2 * kStages - 1;
-  int stage = 0;
+  fetch_keys(ahead);
+  fetch_values(ahead);
+  ahead = next_tile();
 
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const Item in = find_item(p, shared.until, item);
@@ -232,17 +218,17 @@ __global__ void __launch_bounds__(kThreads, Shared<kDim, kStages>::resident())
       // Scores [8 heads x 8 tokens], twice, each in two parts, for a shorter chain of sums; rows 8 to 15 of the
       // tensor cores' operand are zeros.
       float scores[2][2][4] = {};
-      wait_for_copies<kPending>();
+      wait_for_copies<1>();  // for all but the values behind the keys
 #pragma unroll
       for (int i = 0; i < kKeyChunks; ++i) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const uint4 key = mine.keys[stage][half][i][lane];
+          const uint4 key = mine.keys[half][i][lane];
           multiply_add(scores[half][0], q[i].x, 0, q[i].y, 0, key.x, key.y);
           multiply_add(scores[half][1], q[i].z, 0, q[i].w, 0, key.z, key.w);
         }
       }
-      fetch_keys(stage, ahead);
+      fetch_keys(ahead);
       float weights[4];  // of tokens 2c, 2c + 1, 2c + 8, 2c + 9
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
@@ -265,11 +251,11 @@ __global__ void __launch_bounds__(kThreads, Shared<kDim, kStages>::resident())
       const float shrink_first = __shfl_sync(kAllLanes, shrink, 8 * c),
                   shrink_second = __shfl_sync(kAllLanes, shrink, 8 * c + 4);
       const uint32_t low = pack_bf16(weights[0], weights[1]), high = pack_bf16(weights[2], weights[3]);
-      wait_for_copies<kPending>();
+      wait_for_copies<1>();  // for all but the next keys behind the values
 #pragma unroll
       for (int i = 0; i < kValueChunks; ++i) {
-        const Words t0(mine.values[stage][0][i][lane]), t1(mine.values[stage][1][i][lane]);
-        const Words t8(mine.values[stage][2][i][lane]), t9(mine.values[stage][3][i][lane]);
+        const Words t0(mine.values[0][i][lane]), t1(mine.values[1][i][lane]);
+        const Words t8(mine.values[2][i][lane]), t9(mine.values[3][i][lane]);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           values[i][j][0] *= shrink_first;
@@ -280,9 +266,8 @@ __global__ void __launch_bounds__(kThreads, Shared<kDim, kStages>::resident())
                        pair_low(t8.at[j], t9.at[j]), pair_high(t8.at[j], t9.at[j]), low, high);
         }
       }
-      fetch_values(stage, ahead);
+      fetch_values(ahead);
       ahead = next_tile();
-      stage = (stage + 1) % kStages;
     }
 
     sum += __shfl_xor_sync(kAllLanes, sum, 1);
@@ -334,7 +319,7 @@ __global__ void __launch_bounds__(kDim) combine(const __grid_constant__ Params p
   const int head = blockIdx.x, sequence = blockIdx.y, group = p.H / p.G, lane = threadIdx.x % kLanes;
   const int part = threadIdx.x / kLanes;
   // `attend` let this kernel start after it had waited itself, so lengths and gate were written long ago.
-  const int chunks = num_chunks(p, index(p, p.lengths, sequence * p.length_stride));
+  const int chunks = num_chunks(index(p, p.lengths, sequence * p.length_stride));
   const int64_t first =
       (static_cast<int64_t>(sequence) * p.G + head / group) * p.splits * kMaxGroup + head % group;
   const float4* values = reinterpret_cast<const float4*>(p.values + first * kDim + lane * 4);
