@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core_torch.kernels import attention, causal_conv, gated_delta_rule, moe, native, norm
+from core_torch.kernels import attention, causal_conv, gated_delta_rule, moe, norm
 from core_torch.kernels.few_rows import few_rows
 from core_torch.kernels.gdn_decode import check_gdn_decode, gdn_decode, gdn_decode_plain
 from core_torch.kernels.moe_decode import check_moe_decode, route_decode, routed_experts_decode

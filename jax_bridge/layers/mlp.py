@@ -60,7 +60,7 @@ class Experts(nnx.Module):
         local = div_even(config.moe_intermediate_size, within.size, "moe_intermediate_size")
         self.gate_up_proj = parameter(N, 2 * local, D, split={0: blocks, 1: within})
         self.down_proj = parameter(N, D, local, split={0: blocks, 2: within})
-        self.num_experts, self.axis, self.blocks = N, axis, blocks
+        self.num_experts, self.local, self.axis, self.blocks = N, local, axis, blocks
 
     def __call__(
         self,
@@ -104,8 +104,12 @@ class SparseMoE(nnx.Module):
         self.device: torch.device | None = None  # a GPU of this process, once kernels are chosen
 
     def choose_kernels(self, options: KernelOptions) -> Answers:
-        N, D, local = self.experts.down_proj.shape
-        shapes = {"num_experts": N, "top_k": self.top_k, "hidden_size": D, "intermediate_size": local}
+        shapes = {
+            "num_experts": self.experts.num_experts,
+            "top_k": self.top_k,
+            "hidden_size": self.experts.down_proj.shape[1],
+            "intermediate_size": self.experts.local,
+        }
         self.many = options.ask("moe_prefill", check_moe_prefill, **shapes)
         self.few = (
             options.ask("moe_decode", check_moe_decode, **shapes)
