@@ -17,6 +17,7 @@ from bench.plots import draw, require_matplotlib
 from bench.readme import update_readme
 from bench.report import print_result, summary
 from bench.result import SCHEMA_VERSION, ModelSpec, OpSpec, Result
+from shared_config import cli
 from shared_config.presets import PRESETS
 
 TINY = Path(__file__).parents[1] / "tests" / "data" / "tiny-qwen3-next"
@@ -212,4 +213,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    cli.end_on_sigterm()
     sys.exit(main())

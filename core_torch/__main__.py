@@ -34,4 +34,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    cli.end_on_sigterm()
     sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,11 @@ class Engine(Protocol):
     fusion: FusionDecision
 
     def generate(self, prompts: list[str], params: SamplingParams) -> list[RequestOutput]: ...
+
+
+def end_on_sigterm() -> None:
+    """SIGTERM (as `timeout` sends) then ends the program as an exception does, and the processes that it started."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def add_generate(

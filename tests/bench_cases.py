@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 from bench.machine import Machine, Rates
@@ -109,7 +110,10 @@ def result(*, op: tuple[OpRow, ...] | None = None, model: tuple[ModelRow, ...] |
 
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:
-    """A part of `bench.launch` that goes wrong on rank 1 as it is told to; the other ranks wait for it."""
+    """A part of `bench.launch` that goes wrong on rank 1 as it is told to; the other ranks wait for it. A `folder` gets
+    a file named by each rank's process."""
+    if "folder" in spec:
+        Path(spec["folder"], str(os.getpid())).touch()
     if os.environ["RANK"] == "1":
         if spec["rank_1"] == "raises":
             raise ValueError("no such model")

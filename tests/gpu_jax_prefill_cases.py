@@ -1,6 +1,7 @@
-"""What `test_gpu_jax_prefill.py` runs on a GPU, in a process of its own: see `gpu_jax_cases`.
+"""What `test_gpu_jax_prefill.py` runs on GPUs, in a process of its own: see `gpu_jax_cases`.
 
-Shapes are those of one of two ranks of the 80B model: 8 key and 16 value heads of 128, 512 experts of 256, hidden 2048.
+Shapes of single kernels are those of one of two ranks of the 80B model: 8 key and 16 value heads of 128, 512 experts of
+256, hidden 2048.
 """
 
 from __future__ import annotations
@@ -10,20 +11,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from torch import Tensor
 
 from core_torch.batch import Span
 from core_torch.kernels import gdn_prefill as torch_gdn
 from core_torch.kernels import moe_prefill as torch_moe
+from jax_bridge import LLM, SamplingParams
+from jax_bridge.kernels import compiled
 from jax_bridge.kernels.gdn_prefill import gdn_prefill
 from jax_bridge.kernels.moe_prefill import route_prefill, routed_experts_prefill
 from tests.gpu_jax_cases import run_cases
-from tests.gpu_jax_decode_cases import EPS, different, on_jax, randn
+from tests.gpu_jax_decode_cases import EPS, TINY, different, on_jax, randn
+from tests.reference import relative_error
 
 GPU = torch.device("cuda", 0)
 LENGTHS = {"one": (1000,), "four": (130, 1, 64, 700), "many": (70,) * 20}
 TOKENS = (300, 1000, 9000)  # 6, 20 and 176 an expert: each choice of tiles
+PROMPT = list(range(5, 405))  # more than the kernels for few tokens take, and fused
 NAMES = ("conv_weight", "a_log", "dt_bias", "norm_weight")
 
 
@@ -88,6 +94,38 @@ def _moe(x: Any, logits: Any, nobody: Any, gate_up: Any, down: Any) -> Any:
     scales, experts = route_prefill(logits, top_k=10, normalize=True, device=GPU)
     kept = jnp.where(nobody, jnp.int32(-1), experts)
     return scales, experts, routed_experts_prefill(x, scales, kept, gate_up, down, device=GPU)
+
+
+def engine(*allowed: str) -> dict[str, Any]:
+    """Text of the trained checkpoint on two GPUs, reductions fused, where these kernels are allowed beside decode's."""
+    compiled.FOR_ONE_GPU = compiled.FOR_ONE_GPU - set(allowed)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, return_logits=True)
+    with LLM(TINY, 2, device="cuda", max_model_len=512, max_step_tokens=512, fusion="off") as llm:
+        plain = llm.generate([PROMPT], params)
+    with LLM(TINY, 2, device="cuda", max_model_len=512, max_step_tokens=512, fusion="on") as llm:
+        names = sorted(name for name, answer in llm.kernels.items() if answer.usable)
+        (output,) = llm.generate([PROMPT], params)
+    return {
+        "kernels": names,
+        "fused": output.reductions.fused,
+        "error": relative_error(np.stack(output.logits or []), np.stack(plain[0].logits or [])),
+    }
+
+
+def add_norm() -> dict[str, Any]:
+    return engine("add_norm")
+
+
+def gdn_prefill_on_two() -> dict[str, Any]:
+    return engine("gdn_prefill")
+
+
+def moe_prefill_on_two() -> dict[str, Any]:
+    return engine("moe_prefill")
+
+
+def fresh_prefill() -> dict[str, Any]:
+    return engine("fresh_prefill")
 
 
 if __name__ == "__main__":

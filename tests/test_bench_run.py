@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +43,22 @@ def test_a_rank_that_fails_ends_the_part_and_says_why(
     with pytest.raises(PartError, match=message):
         run_part("tests.bench_cases", {"rank_1": rank_1}, world_size=2, timeout_s=timeout_s)
     assert time.monotonic() - start < 30
+
+
+def test_sigterm_ends_the_ranks_too(tmp_path: Path) -> None:
+    program = (
+        "from bench.launch import run_part\nfrom shared_config import cli\ncli.end_on_sigterm()\n"
+        "run_part('tests.bench_cases', {'rank_1': 'hangs', 'folder': %r}, world_size=2, timeout_s=60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program % str(tmp_path)], cwd=ROOT) as process:
+        deadline = time.monotonic() + 30
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        ranks = [int(file.name) for file in tmp_path.iterdir()]
+        process.terminate()
+        assert process.wait(20) == 128 + signal.SIGTERM
+    assert len(ranks) == 2
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
 def two_layer_model(folder: Path) -> Path:

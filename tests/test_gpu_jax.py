@@ -5,8 +5,10 @@ The work is in `gpu_jax_cases.py`; this starts its processes once and looks at w
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +34,11 @@ CASES = (
 )
 MAIN_TIMEOUT_S = 150
 EXTRA_TIMEOUT_S = 60
+
+
+def _end_with_the_parent() -> None:
+    """A process that hangs on a GPU must not outlive a killed pytest (Linux: PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 class Cases:
@@ -73,6 +80,7 @@ class Cases:
                         env=environment,
                         stdout=log,
                         stderr=subprocess.STDOUT,
+                        preexec_fn=_end_with_the_parent,
                     )
                 )
 
