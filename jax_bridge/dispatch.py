@@ -6,9 +6,11 @@ reductions: a hang on GPUs, an error on CPU.
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 import jax
@@ -17,6 +19,17 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 dispatch_lock = threading.RLock()
+
+
+@contextmanager
+def ends_within(seconds: float) -> Iterator[None]:
+    """Ends the process, with the stacks of its threads on stderr, if the block takes longer: nothing else can end a
+    thread that waits for a GPU which waits for a peer."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from core_torch.kernels.choice import choose_kernels, describe
 from jax_bridge.batch import MIN_PAGES, Batch, build_batch
 from jax_bridge.cache import LayerCache, cache_bytes, cache_specs, make_cache
-from jax_bridge.dispatch import dispatch_lock
+from jax_bridge.dispatch import dispatch_lock, ends_within
 from jax_bridge.kernels.compiled import JaxKernelOptions, open_kernels
 from jax_bridge.models.qwen3_next import Qwen3Next
 from jax_bridge.parallel import COMPILER_OPTIONS, GPU_COMPILER_OPTIONS, Parallel
@@ -44,6 +45,7 @@ from shared_config.settings import EngineSettings
 Local = Callable[[Qwen3Next, list[LayerCache], Any], tuple[Any, list[LayerCache]]]
 Program = Any  # jitted: (parameters, cache, inputs) -> (outputs, cache)
 Job = tuple[Program, Any]  # and its inputs
+FIRST_RUN_TIMEOUT_S = 600.0  # with its compilation; as long as torch.distributed waits for a peer
 # float32 is float32, also on GPUs
 MATMUL_PRECISION = functools.partial(jax.default_matmul_precision, "highest")
 
@@ -193,8 +195,12 @@ class ModelRunner:
             if is_new:
                 counts = explain(program, self.parameters, self.cache, inputs).counts
                 self._counts[key] = Reductions(counts.fused, counts.unfused)
-            outputs, self.cache = program(self.parameters, self.cache, inputs)
-            if is_new and self.parallel.platform == "gpu":
+            is_first_on_gpus = is_new and self.parallel.platform == "gpu"
+            with ends_within(FIRST_RUN_TIMEOUT_S) if is_first_on_gpus else nullcontext():
+                outputs, self.cache = program(self.parameters, self.cache, inputs)
+                if is_first_on_gpus:
+                    jax.block_until_ready(outputs)
+            if is_first_on_gpus:
                 rows = jax.tree.leaves(inputs)[0].shape[0]
                 took_s = time.perf_counter() - started
                 print(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -291,3 +293,16 @@ class TestManyCalls:
             for thread in threads:
                 thread.join()
         assert not failures, failures
+
+
+def test_a_program_that_never_starts_ends_the_process_with_its_stacks() -> None:
+    program = (
+        "import time\nfrom jax_bridge.dispatch import ends_within\n"
+        "def quick():\n    with ends_within(0.5):\n        pass\n    time.sleep(0.7)\n"
+        "def waits_for_a_gpu():\n    with ends_within(0.5):\n        time.sleep(40)\n"
+        "quick()\nwaits_for_a_gpu()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=35)
+    assert done.returncode == 1
+    assert "Timeout (0:00:00.5" in done.stderr
+    assert "in waits_for_a_gpu" in done.stderr
