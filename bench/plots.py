@@ -96,7 +96,7 @@ def _draw_model(result: Result, phase: str, rows: list[ModelRow], file: Path) ->
     series = list(dict.fromkeys((row.framework, row.fusion) for row in rows))
     hatches = {"torch": "", "jax": "//", "transformers": ".."}
     found = {(row.length, row.batch, row.framework, row.fusion): row for row in rows}
-    panel = max(1.5, 0.5 * len(series))
+    panel = max(1.9, 0.5 * len(series))  # inches: room for the title
     figure, grid = plt.subplots(
         1, len(cells), figsize=(max(7.5, panel * len(cells)), 5), layout="constrained", squeeze=False
     )

@@ -197,15 +197,15 @@ def test_compare_of_unrelated_or_broken_files_is_an_error(
 def test_readme_sections_are_written_from_results() -> None:
     empty = "<!-- results:decode -->\n<!-- /results:decode -->\n"
     text = f"top\n<!-- results:op -->\nold\n<!-- /results:op -->\nmiddle\n{empty}"
-    once = readme.updated(text, result())
+    once = readme.updated(text, lambda _: result())
     assert "old" not in once
     assert "| 8 | 4.0 ± 0.2 | 8.0 ± 0.4 | 0.1 | 2.00x |" in once
     assert "80b, 48 layers, random weights" in once
-    assert readme.updated(once, result()) == once
-    with pytest.raises(ValueError, match="nothing for the section results:op"):
-        readme.updated(text, result(op=()))
+    assert readme.updated(once, lambda _: result()) == once
+    with pytest.raises(ValueError, match=r"2xh200.json has nothing for the section op"):
+        readme.updated(text, lambda _: result(op=()))
     with pytest.raises(ValueError, match="unknown section results:typo"):
-        readme.updated("<!-- results:typo -->\n<!-- /results:typo -->", result())
+        readme.updated("<!-- results:typo -->\n<!-- /results:typo -->", lambda _: result())
 
 
 def test_readme_says_what_the_committed_results_say() -> None:
