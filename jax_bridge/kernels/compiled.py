@@ -55,8 +55,8 @@ TARGETS = {
 }
 
 
-# On two GPUs of one process, the first run of a program with these beside fused reductions did not end in a minute. It is
-# not known yet whether one of them waits (for code to be loaded?) for a GPU that waits for a peer;
+# On two GPUs of one process, the first run of a program with these beside fused reductions did not end in a minute. It
+# is not known yet whether one of them waits (for code to be loaded?) for a GPU that waits for a peer;
 # tests/test_gpu_jax_prefill.py asks.
 FOR_ONE_GPU = frozenset({"add_norm", "fresh_prefill", "gdn_prefill", "moe_prefill"})
 
