@@ -238,6 +238,24 @@ def test_without_a_gpu_the_plain_path_stays(check: Any, shapes: dict[str, Any]) 
     assert "CUDA" in answer.reason
 
 
+@pytest.mark.parametrize(
+    ("capability", "reason"),
+    [
+        ((8, 9), "need SM90 or newer, this GPU is SM89"),
+        ((9, 0), ""),
+        ((10, 0), ""),
+        ((12, 0), "227 KiB of shared memory a block, and SM120 has 99"),
+    ],
+)
+def test_gpus_that_are_taken(
+    capability: tuple[int, int], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    answer = native.check_device(torch.device("cuda", 0))
+    assert answer.usable == (reason == "")
+    assert reason in answer.reason
+
+
 @pytest.mark.parametrize(("check", "shapes"), CHECKS)
 def test_real_shapes_are_taken(check: Any, shapes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "check_device", lambda device: native.Answer(True))

@@ -41,6 +41,7 @@ MODULES = (
 )
 PREBUILT_VARIABLE, CACHE_VARIABLE = "CROSSFUSE_PREBUILT_DIR", "CROSSFUSE_CACHE_DIR"
 MIN_SM = 90  # clusters and programmatic dependent launch
+LITTLE_SHARED_MEMORY = 12  # the compute capability of GPUs that are newer and cannot hold the kernels' tiles
 
 _loaded: dict[tuple[str, str], Any] = {}
 _lock = threading.Lock()
@@ -68,6 +69,10 @@ def check_device(device: torch.device) -> Answer:
         (
             10 * major + minor >= MIN_SM,
             f"compiled kernels need SM{MIN_SM} or newer, this GPU is SM{major}{minor}",
+        ),
+        (
+            major != LITTLE_SHARED_MEMORY,
+            f"compiled kernels need 227 KiB of shared memory a block, and SM{major}{minor} has 99",
         ),
         (importlib.util.find_spec("tvm_ffi") is not None, "apache-tvm-ffi is not installed"),
     )
