@@ -30,7 +30,7 @@ from core_torch.kernels.flash_prefill import (
 from core_torch.kernels.gdn_prefill import check_gdn_prefill, cut_into_chunks
 from core_torch.kernels.moe_prefill import Tile, Tiles, check_moe_prefill, choose_tiles
 from core_torch.kernels.native import Answer
-from core_torch.kernels.triton_kernels import Launch
+from core_torch.kernels.triton_kernels import Launch, launch
 from core_torch.prebuild import prefill_kernels
 from shared_config import ParallelLayout, Qwen3NextConfig
 from shared_config.layout import RankPlace
@@ -193,6 +193,27 @@ def test_a_kernel_is_compiled_once_and_said_so(cache: Path, capsys: pytest.Captu
     assert base64.b64decode(made["cubin"]).startswith(b"\x7fELF")
     assert (made["name"], made["threads"]) == ("combine", 128)
     assert made["unused"] >= 0
+
+
+def test_a_launch_finds_its_function_once_for_its_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    ran: list[Any] = []
+
+    def function(kernel: Any, device: torch.device) -> Any:
+        found.append((kernel, device))
+        return lambda *operands: ran.append(operands)
+
+    monkeypatch.setattr(triton_kernels, "function", function)
+    how = Launch("moe_prefill", "combine", (5, 1), {"N": 7})
+    parts, experts = torch.zeros(3, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int32)
+    for _ in range(2):
+        launch(how, parts, experts, 3, 0.5)
+    assert found == [(how.kernel(["bfloat16", "int32"], [3, 0.5]), CPU)]
+    launch(how, parts, experts.long(), 3, 0.5)  # other types are another kernel
+    assert [kernel.types for kernel, _ in found] == [
+        ("*bf16", "*i32", "i32", "fp32"), ("*bf16", "*i64", "i32", "fp32")
+    ]  # fmt: skip
+    assert [operands[2:] for operands in ran] == [(3, 0.5, 5, 1)] * 3
 
 
 def test_without_triton_the_error_says_how_to_get_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -120,6 +120,7 @@ class Launches(NamedTuple):
     finish: Launch
 
 
+@lru_cache(maxsize=256)  # for the layers of a pass, and for passes of a length that comes again
 def launches(
     *,
     num_k_heads: int,

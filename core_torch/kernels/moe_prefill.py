@@ -7,7 +7,7 @@ the device, so the host runs ahead; and no sum depends on the order in which pro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from core_torch.kernels.triton_kernels import Launch, check_triton, launch
 MAX_EXPERTS, MAX_CHOICES = 1024, 32
 CHUNK = 1024  # pairs that one program of the sort takes (jit/moe_prefill.py: LANE_BITS)
 BLOCK_CHUNKS, BLOCK_TILES, ROUTE_ROWS = 16, 16, 4
+for_all_layers = lru_cache(maxsize=256)  # of a pass, and for passes of a length that comes again
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def route_prefill(logits: Tensor, *, num_experts: int, top_k: int, normalize: bo
     return weights, experts
 
 
+@for_all_layers
 def route_launch(
     num_tokens: int, stride: int, num_experts: int, top_k: int, shared: int, normalize: bool
 ) -> Launch:
@@ -138,6 +140,7 @@ class Sorting:
     tiles: int  # at most
 
 
+@for_all_layers
 def sorting(pairs: int, num_experts: int, tile_tokens: int) -> Sorting:
     chunks, bins = -(-pairs // CHUNK), _power_of_two(num_experts)
     sizes, how = {"N": num_experts, "CHUNK": CHUNK, "BLOCK_N": bins}, partial(Launch, "moe_prefill")
@@ -173,6 +176,7 @@ def gate_up_product(x: Tensor, group: Grouping, gate_up: Tensor, *, top_k: int, 
     return hidden
 
 
+@for_all_layers
 def gate_up_launch(
     num_tiles: int, hidden_size: int, intermediate_size: int, top_k: int, tile: Tile
 ) -> Launch:
@@ -190,6 +194,7 @@ def down_product(hidden: Tensor, group: Grouping, down: Tensor, weights: Tensor,
     return parts
 
 
+@for_all_layers
 def down_launch(num_tiles: int, hidden_size: int, intermediate_size: int, tile: Tile) -> Launch:
     sizes = {"D": hidden_size, "I": intermediate_size, **_tile_sizes(tile), "BLOCK_I": tile.block}
     grid = num_tiles * -(-hidden_size // tile.cols), 1
@@ -204,6 +209,7 @@ def combine(parts: Tensor, experts: Tensor, *, num_experts: int) -> Tensor:
     return out
 
 
+@for_all_layers
 def combine_launch(num_tokens: int, num_experts: int, hidden_size: int, top_k: int) -> Launch:
     block = min(_power_of_two(hidden_size), 2048)
     sizes = {"N": num_experts, "D": hidden_size, "K": top_k, "BLOCK_D": block}

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,9 @@ class Launch:
     sizes: dict[str, int]
     warps: int = 4
     stages: int = 3
+    ready: dict[Any, Any] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # functions, by operands' types
 
     def kernel(self, dtypes: Sequence[str], scalars: Sequence[Scalar]) -> Kernel:
         """For tensors of these dtypes ("bfloat16"), and scalars behind them."""
@@ -114,15 +117,23 @@ def launch(how: Launch, *operands: Tensor | Scalar) -> None:
 
     Raises ImportError, with what to install, for a kernel that was not compiled before and cannot be now.
     """
-    tensors = [x for x in operands if isinstance(x, Tensor)]
-    scalars = [x for x in operands if not isinstance(x, Tensor)]
-    kernel = how.kernel([str(x.dtype).removeprefix("torch.") for x in tensors], scalars)
-    if _recorded is not None:
-        _recorded[kernel] = None
-    elif INTERPRETED:
-        getattr(importlib.import_module(f"{JIT}.{how.module}"), how.name)[how.grid](*operands, **how.sizes)
-    else:
-        function(kernel, tensors[0].device)(*operands, *how.grid)
+    assert isinstance(operands[0], Tensor)
+    device = operands[0].device
+    types = (device, *[x.dtype if isinstance(x, Tensor) else type(x) for x in operands])
+    run = how.ready.get(types)
+    if run is None:
+        tensors = [x for x in operands if isinstance(x, Tensor)]
+        scalars = [x for x in operands if not isinstance(x, Tensor)]
+        kernel = how.kernel([str(x.dtype).removeprefix("torch.") for x in tensors], scalars)
+        if _recorded is not None:
+            _recorded[kernel] = None
+            return
+        if INTERPRETED:
+            module = importlib.import_module(f"{JIT}.{how.module}")
+            getattr(module, how.name)[how.grid](*operands, **how.sizes)
+            return
+        run = how.ready[types] = function(kernel, device)
+    run(*operands, *how.grid)
 
 
 _recorded: dict[Kernel, None] | None = None
