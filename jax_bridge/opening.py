@@ -127,7 +127,7 @@ def fused_communicator(
     try:
         if workspaces:
             opened = _make_transport(
-                transport, started[0].communicator_id, mesh, axis_name, local, workspaces
+                transport, started[0].communicator_id, mesh, axis_name, local, workspaces, timeout_s
             )
         comm = Communicator(
             id=started[0].communicator_id,
@@ -236,6 +236,7 @@ def _make_transport(
     axis_name: AxisName,
     local: tuple[LocalRank, ...],
     workspaces: list[Workspace],
+    timeout_s: float,
 ) -> Transport:
     if workspaces[0].backend == "reference":
         from jax_bridge.transports.rendezvous import RendezvousTransport
@@ -249,7 +250,8 @@ def _make_transport(
         return CupyTransport(communicator_id, axis_size, kernels)
     from jax_bridge.transports.ffi import FfiTransport
 
-    return FfiTransport(communicator_id, axis_size, kernels)
+    row = {rank.ordinal: rank.group for rank in local}
+    return FfiTransport(communicator_id, axis_size, kernels, row, timeout_s)
 
 
 def _close(

@@ -90,7 +90,6 @@ class ModelRunner:
                 parallel.torch_device,
                 settings.max_num_seqs,
                 compiled=settings.kernels == "auto",
-                num_gpus=len(parallel.mesh.local_devices) if parallel.platform == "gpu" else 1,
             ),
         )
         open_kernels([name for name, answer in self.kernels.items() if answer.usable], parallel.torch_device)

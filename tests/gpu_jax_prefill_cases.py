@@ -19,7 +19,6 @@ from core_torch.batch import Span
 from core_torch.kernels import gdn_prefill as torch_gdn
 from core_torch.kernels import moe_prefill as torch_moe
 from jax_bridge import LLM, SamplingParams
-from jax_bridge.kernels import compiled
 from jax_bridge.kernels.gdn_prefill import gdn_prefill
 from jax_bridge.kernels.moe_prefill import route_prefill, routed_experts_prefill
 from tests.gpu_jax_cases import run_cases
@@ -96,9 +95,8 @@ def _moe(x: Any, logits: Any, nobody: Any, gate_up: Any, down: Any) -> Any:
     return scales, experts, routed_experts_prefill(x, scales, kept, gate_up, down, device=GPU)
 
 
-def engine(*allowed: str) -> dict[str, Any]:
-    """Text of the trained checkpoint on two GPUs, reductions fused, where these kernels are allowed beside decode's."""
-    compiled.FOR_ONE_GPU = compiled.FOR_ONE_GPU - set(allowed)
+def engine_on_two() -> dict[str, Any]:
+    """Text of the trained checkpoint on two GPUs of one process, reductions fused: all first calls are beside them."""
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, return_logits=True)
     with LLM(TINY, 2, device="cuda", max_model_len=512, max_step_tokens=512, fusion="off") as llm:
         plain = llm.generate([PROMPT], params)
@@ -110,22 +108,6 @@ def engine(*allowed: str) -> dict[str, Any]:
         "fused": output.reductions.fused,
         "error": relative_error(np.stack(output.logits or []), np.stack(plain[0].logits or [])),
     }
-
-
-def add_norm() -> dict[str, Any]:
-    return engine("add_norm")
-
-
-def gdn_prefill_on_two() -> dict[str, Any]:
-    return engine("gdn_prefill")
-
-
-def moe_prefill_on_two() -> dict[str, Any]:
-    return engine("moe_prefill")
-
-
-def fresh_prefill() -> dict[str, Any]:
-    return engine("fresh_prefill")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from core_torch.kernels.native import Answer
 from jax_bridge import LLM, SamplingParams, runner
 from jax_bridge.kernels import compiled
 from jax_bridge.kernels.add_norm import add_norm
-from jax_bridge.kernels.compiled import FOR_ONE_GPU, JaxKernelOptions
 from jax_bridge.kernels.few_rows import few_rows
 from jax_bridge.kernels.gdn_decode import gdn_decode, gdn_decode_plain
 from jax_bridge.kernels.moe_decode import route_decode, routed_experts_decode
@@ -311,17 +310,3 @@ def test_without_a_gpu_the_reason_is_told(folder: Path) -> None:
         assert describe(llm.kernels) == (
             f"plain: {', '.join(sorted(NAMES + OF_PREFILL))} (compiled kernels need a CUDA GPU, and this is cpu)"
         )
-
-
-def test_several_gpus_of_a_process_run_what_was_shown_to_end() -> None:
-    cpu = torch.device("cpu")
-    several = JaxKernelOptions(torch.bfloat16, cpu, 8, num_gpus=2)
-    for name in FOR_ONE_GPU:
-        answer = several.ask(name, lambda **_: Answer(True))
-        assert not answer.usable
-        assert "several GPUs in one process, and this has 2" in answer.reason
-        assert (
-            JaxKernelOptions(torch.bfloat16, cpu, 8).ask(name, lambda **_: Answer(False, "x")).reason == "x"
-        )
-    plain = JaxKernelOptions(torch.bfloat16, cpu, 8, compiled=False, num_gpus=2)
-    assert plain.ask("gdn_prefill", lambda **_: Answer(True)).reason == "kernels='plain' was asked for"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ import tvm_ffi
 
 import jax_bridge
 from core_torch.kernels.flashinfer_api import RawKernel, use_oneshot
-from jax_bridge import packages
+from jax_bridge import native, packages
 from jax_bridge.transports import cupy as cupy_transport
 from jax_bridge.transports.ffi import FfiTransport
 
@@ -180,6 +181,28 @@ class TestFfi:
         assert jax_tvm_ffi.registered_count() == registered
         other.close()
         assert len(set(ffi.targets)) == 4
+
+    def test_a_groups_devices_meet_at_each_launch(
+        self, kernel: FakeKernel, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        """Devices 0 and 2 reduce together, 1 and 3 too; each group waits for its own."""
+        kernels, groups = dict.fromkeys(range(4), kernel.raw), {0: 0, 1: 1, 2: 0, 3: 1}
+        transport = FfiTransport(5, 2, kernels, groups, timeout_s=0.5, platform="cpu")
+        meet_on = native.load("flashinfer_adaptor").meet_on
+        with ThreadPoolExecutor() as pool:
+            for first, second in ((0, 2), (3, 1), (0, 2)):
+                waiting = pool.submit(meet_on, 5, first)
+                assert not wait([waiting], timeout=0.1).done
+                meet_on(5, second)
+                waiting.result(timeout=0.3)
+            assert "goes on without" not in capfd.readouterr().err
+            pool.submit(meet_on, 5, 0).result(timeout=10)
+            assert "GPU 0 waited 500 ms in a fused reduction" in capfd.readouterr().err
+            waiting = pool.submit(meet_on, 5, 2)  # what went on alone is not waited for
+            assert not wait([waiting], timeout=0.1).done
+            meet_on(5, 0)
+            waiting.result(timeout=0.3)
+        transport.close()
 
 
 class TestCupy:

@@ -55,25 +55,11 @@ TARGETS = {
 }
 
 
-# On two GPUs of one process, the first run of a program with these beside fused reductions did not end in a minute. It
-# is not known yet whether one of them waits (for code to be loaded?) for a GPU that waits for a peer;
-# tests/test_gpu_jax_prefill.py asks.
-FOR_ONE_GPU = frozenset({"add_norm", "fresh_prefill", "gdn_prefill", "moe_prefill"})
-
-
 @dataclass(frozen=True)
 class JaxKernelOptions(KernelOptions):
-    """What a layer asks in JAX: the kernel must take its shapes, and XLA must be able to call it, from all `num_gpus`
-    GPUs of the process."""
-
-    num_gpus: int = 1
+    """What a layer asks in JAX: the kernel must take its shapes, and XLA must be able to call it."""
 
     def ask(self, name: str, check: Callable[..., kernels.Answer], **shapes: Any) -> kernels.Answer:
-        if self.num_gpus > 1 and name in FOR_ONE_GPU and self.compiled:
-            return kernels.Answer(
-                False,
-                f"not shown to be free of hangs on several GPUs in one process, and this has {self.num_gpus}",
-            )
         answer = super().ask(name, check, **shapes)
         if answer.usable and importlib.util.find_spec("jax_tvm_ffi") is None:
             return kernels.Answer(False, "jax-tvm-ffi is not installed")

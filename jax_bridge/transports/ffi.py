@@ -25,13 +25,21 @@ SUM_ATTRS = ("communicator", *LAUNCH_ATTRS)
 
 
 class FfiTransport:
-    """See `Transport`. `kernels` are this process's ranks, by CUDA device ordinal."""
+    """See `Transport`. `kernels` are this process's ranks, by CUDA device ordinal; `groups` says which reduce together
+    (left out: all), since outside CUDA graphs their host threads wait for each other at each launch, `timeout_s` at
+    most."""
 
     targets = (NORM_TARGET, SUM_TARGET, ORDERED_NORM_TARGET, ORDERED_SUM_TARGET)
     launch_with_pdl = True
 
     def __init__(
-        self, communicator_id: int, axis_size: int, kernels: Mapping[int, RawKernel], platform: str = "gpu"
+        self,
+        communicator_id: int,
+        axis_size: int,
+        kernels: Mapping[int, RawKernel],
+        groups: Mapping[int, int] | None = None,
+        timeout_s: float = 60.0,
+        platform: str = "gpu",
     ) -> None:
         library = native.load("flashinfer_adaptor")
         for target, attrs in zip(self.targets, (NORM_ATTRS, SUM_ATTRS) * 2, strict=True):
@@ -44,10 +52,12 @@ class FfiTransport:
             library.open_rank(
                 communicator_id,
                 ordinal,
+                groups[ordinal] if groups else 0,
                 kernel.function,
                 kernel.world_size,
                 kernel.rank,
                 tvm_ffi.from_dlpack(kernel.workspace_ptrs),
+                int(timeout_s * 1000),
             )
 
     def close(self) -> None:
