@@ -24,6 +24,8 @@ from shared_config.results import Reductions
 from shared_config.sampling import SamplingParams
 from shared_config.scheduler import Chunk, Sequence, Step
 
+WARM_UPS = 2  # XLA captures its graphs at a program's second run
+
 
 class Engine(Protocol):
     """One rank's end of an engine. All ranks make the same calls in the same order.
@@ -153,7 +155,9 @@ class _Cell:
         if experts is None:
             passes = engine.touched_experts(self._prompts())
             experts = _mean([len(set().union(*layer)) for layer in zip(*passes, strict=True)])
-        ran = {mode: engine.run(mode, self._prompts()) for mode in modes}  # warm-up
+        ran = {}
+        for mode in modes * WARM_UPS:
+            ran[mode] = engine.run(mode, self._prompts())
         samples: dict[str, list[float]] = {mode: [] for mode in modes}
         for mode in modes * self.spec.repeats:
             steps = self._prompts()
@@ -174,8 +178,8 @@ class _Cell:
         engine, modes, spec = self.engine, self.engine.modes, self.spec
         for sequence, token in zip(self.sequences, self._tokens(1)[0], strict=True):
             sequence.output = [token]
-        for mode in modes:
-            engine.decode(mode, self.sequences, self._tokens(spec.decode_steps))  # warm-up
+        for mode in modes * WARM_UPS:
+            engine.decode(mode, self.sequences, self._tokens(spec.decode_steps))
         samples: dict[str, list[float]] = {mode: [] for mode in modes}
         ran = {}
         for mode in modes * spec.repeats:

@@ -90,7 +90,8 @@ def _draw_op(result: Result, file: Path) -> Path:
 
 def _draw_model(result: Result, phase: str, rows: list[ModelRow], file: Path) -> Path:
     """A panel for each cell, whose times differ by orders of magnitude: bars from zero, with their spread, and each
-    bar's own floor as a black line."""
+    bar's own floor as a black line. transformers is cut off where the engines would become too small to read; its bar
+    then bears its height."""
     plt = require_matplotlib()
     cells = sorted({(row.length, row.batch) for row in rows})
     series = list(dict.fromkeys((row.framework, row.fusion) for row in rows))
@@ -101,6 +102,9 @@ def _draw_model(result: Result, phase: str, rows: list[ModelRow], file: Path) ->
         1, len(cells), figsize=(max(7.5, panel * len(cells)), 5), layout="constrained", squeeze=False
     )
     for axes, (length, batch) in zip(grid[0], cells, strict=True):
+        cell = [row for row in rows if (row.length, row.batch) == (length, batch)]
+        engines = [row.timing.high_us / 1e3 for row in cell if row.framework != "transformers"]
+        top = 1.3 * max(engines) if engines else None
         for place, (framework, fusion) in enumerate(series):
             row = found.get((length, batch, framework, fusion))
             if row is None:
@@ -113,10 +117,14 @@ def _draw_model(result: Result, phase: str, rows: list[ModelRow], file: Path) ->
                 label=framework if fusion == "none" else f"{framework}, fusion {fusion}",
                 color=FUSION_COLORS[fusion], hatch=hatches[framework], edgecolor="white", alpha=0.85,
             )  # fmt: skip
+            if top is not None and high > top:
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+                text = f"{middle:.0f} ms"
+                axes.text(place, 0.98 * top, text, ha="center", va="top", fontsize="x-small", bbox=box)
             if row.floor_us:
                 floor = row.floor_us / 1e3
                 axes.plot([place - 0.45, place + 0.45], [floor, floor], "k-", linewidth=2, label="floor")
-        axes.set(title=f"batch {batch}, {length} tokens", xticks=[], ylim=(0, None))
+        axes.set(title=f"batch {batch}, {length} tokens", xticks=[], ylim=(0, top))
         axes.title.set_fontsize("small")
         axes.grid(True, axis="y", alpha=0.25)
     grid[0][0].set_ylabel("milliseconds")

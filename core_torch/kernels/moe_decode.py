@@ -72,8 +72,8 @@ def route_decode(
 
 
 def overlaps(num_tokens: int) -> bool:
-    """Whether one kernel's blocks start while the one before ends: worth it where kernels are short. Where they are
-    long, the next one's blocks take the places of those that still stream weights."""
+    """Whether one kernel's blocks start while the one before ends: faster with few tokens, slower with
+    many (bench/results/LOG.md)."""
     return num_tokens < MANY_TOKENS
 
 
