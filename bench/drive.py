@@ -18,13 +18,11 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from bench.result import ModelRow, ModelSpec
+from bench.result import WARM_UPS, ModelRow, ModelSpec
 from bench.stats import slowest, summarize
 from shared_config.results import Reductions
 from shared_config.sampling import SamplingParams
 from shared_config.scheduler import Chunk, Sequence, Step
-
-WARM_UPS = 2  # XLA captures its graphs at a program's second run
 
 
 class Engine(Protocol):

@@ -15,6 +15,7 @@ from shared_config.model import DTYPE_BYTES
 from shared_config.settings import EngineSettings
 
 SCHEMA_VERSION = 1
+WARM_UPS = 2  # XLA captures its graphs at a program's second run
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,9 @@ class ModelSpec:
 
     @property
     def steps_per_cell(self) -> int:
-        """Decode steps that a sequence of one cell may see: in two modes a warm-up, the repeats and a profile, once
-        a count of experts."""
-        return 1 + (2 * (2 + self.repeats) + 1) * self.decode_steps
+        """Decode steps that a sequence of one cell may see: in two modes warm-ups, the repeats and a profile, once a
+        count of experts."""
+        return 1 + (2 * (WARM_UPS + self.repeats + 1) + 1) * self.decode_steps
 
     @property
     def pages_per_sequence(self) -> int:

@@ -1,9 +1,9 @@
-"""What `test_gpu_jax.py` runs on two GPUs, in processes of its own: `python -m tests.gpu_jax_cases OUT CASE...`.
+"""What `test_gpu_jax.py` runs on two or more GPUs, in processes of its own: `python -m tests.gpu_jax_cases OUT CASE...`.
 
 Each case is a function of this module; what it returns (or its traceback) is one JSON line in the file OUT, written
 when it ends, so that a case that hangs takes nothing of the others with it.
 
-Shapes: N = 2 ranks, T tokens, D hidden.
+Shapes: N ranks, T tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from shared_config import (
     resolve_fusion,
 )
 
-N = 2
+N = int(os.environ.get("CROSSFUSE_TEST_RANKS", "2"))
 EPS = 1e-6
 HIDDEN = (1024, 2048, 4096, 5120, 7168)
 TOKENS = (1, 2, 3, 8, 63, 64, 66, 67, 128, 500, 1000, 2048)
@@ -152,8 +152,8 @@ def in_torch(workspaces: list[Workspace], x: jax.Array, r: jax.Array, w: jax.Arr
     """The same in PyTorch: [rank][call] -> tensors."""
     partials, residuals, weights = shards(x), shards(r), shards(w)
     everywhere = [[part.to(f"cuda:{rank}") for part in partials] for rank in range(N)]
-    torch.cuda.synchronize(0)
-    torch.cuda.synchronize(1)
+    for rank in range(N):
+        torch.cuda.synchronize(rank)
 
     def run(rank: int) -> list[Any]:
         torch.cuda.set_device(rank)
@@ -481,10 +481,16 @@ def data_on_all(num_tokens: int) -> list[jax.Array]:
 
 
 def main(out: str, *cases: str) -> None:
-    if "CROSSFUSE_TEST_PROCESS" in os.environ:  # "INDEX PORT": one of two processes, with one GPU each
-        index, port = map(int, os.environ["CROSSFUSE_TEST_PROCESS"].split())
+    if (
+        "CROSSFUSE_TEST_PROCESS" in os.environ
+    ):  # "INDEX PROCESSES PORT": one of several, with its share of the GPUs
+        index, processes, port = map(int, os.environ["CROSSFUSE_TEST_PROCESS"].split())
+        share = N // processes
         jax.distributed.initialize(
-            f"127.0.0.1:{port}", num_processes=N, process_id=index, local_device_ids=[index]
+            f"127.0.0.1:{port}",
+            num_processes=processes,
+            process_id=index,
+            local_device_ids=list(range(index * share, (index + 1) * share)),
         )
     run_cases(globals(), out, cases)
 

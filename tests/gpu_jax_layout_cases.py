@@ -54,6 +54,7 @@ ep2 = functools.partial(layout, 2, ep_size=2)
 cp2 = functools.partial(layout, 2, attn_cp_size=2)
 moe_dp2 = functools.partial(layout, 2, moe_dp_size=2)
 dp2_ep2 = functools.partial(layout, 2, attn_dp_size=2, ep_size=2)
+tp4 = functools.partial(layout, 4)
 tp4_cp2 = functools.partial(layout, 4, attn_cp_size=2)
 tp4_cp2_moe_dp2 = functools.partial(layout, 4, attn_cp_size=2, moe_dp_size=2)
 

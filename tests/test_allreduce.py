@@ -95,7 +95,7 @@ def pay_every_size(world_size: int) -> dict[str, Any]:
     return {"wrong": wrong, "worst": worst, "outputs": outputs}
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_every_way_to_pay_keeps_the_contract(ranks: Pools, world_size: int):
     results = ranks(world_size).run(pay_every_size, world_size)
     for result in results:

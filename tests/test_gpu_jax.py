@@ -1,4 +1,4 @@
-"""The fused op in JAX on two GPUs: bit for bit what PyTorch gets, through both transports, in CUDA graphs.
+"""The fused op in JAX on two GPUs, and on four and eight where there are: bit for bit what PyTorch gets, through both transports, in CUDA graphs.
 
 The work is in `gpu_jax_cases.py`; this starts its processes once and looks at what they found.
 """
@@ -19,7 +19,7 @@ import torch
 
 from tests.ranks import free_port
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
 CASES = (
     "readme_example",
@@ -66,12 +66,13 @@ class Cases:
                 "XLA_FLAGS": xla_flags,
                 "XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.4"),
                 "CROSSFUSE_TEST_DUMP": str(folder / "dump"),
+                "CROSSFUSE_TEST_RANKS": str(gpus),
             }
-            if processes == 1:
+            if processes < gpus:
                 # A kernel that waits for the other GPU must not meet the driver loading a module in this process.
                 environment["CUDA_MODULE_LOADING"] = "EAGER"
-            else:
-                environment["CROSSFUSE_TEST_PROCESS"] = f"{index} {port}"
+            if processes > 1:
+                environment["CROSSFUSE_TEST_PROCESS"] = f"{index} {processes} {port}"
             with self.logs[index].open("w") as log:
                 self.processes.append(
                     subprocess.Popen(
@@ -189,6 +190,28 @@ def test_two_processes_get_the_same_bits(ran: Cases, ran_in_two_processes: Cases
         assert mine["fused"] == 8, mine["reason"]
         assert mine["local_devices"] == [index]
         assert mine["digests"] == alone["digests"]
+
+
+@pytest.mark.parametrize("gpus", [4, 8])
+def test_more_gpus(gpus: int, ran_in_two_processes: Cases, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The same bits as the torch op's, and the same from one process and from two that share the GPUs."""
+    del ran_in_two_processes
+    folder = tmp_path_factory.mktemp(f"gpus{gpus}")
+    alone = Cases(folder, ("digest", "ffi_equals_torch"), gpus=gpus)
+    alone.wait(MAIN_TIMEOUT_S)
+    found = alone.result("ffi_equals_torch")
+    assert found["compared"] == 15 * 12 * 5 * gpus
+    assert found["different"] == [], "hidden, dtype, call, output, rank, elements, largest difference"
+    digest = alone.result("digest")
+    assert digest["fused"] == 8
+    assert len(digest["digests"]) == 2, "hidden and residual, the same on all ranks"
+    halves = Cases(tmp_path_factory.mktemp("halves"), ("digest",), gpus=gpus, processes=2)
+    halves.wait(EXTRA_TIMEOUT_S)
+    for index in range(2):
+        mine = halves.result("digest", index)
+        assert mine["fused"] == 8, mine["reason"]
+        assert len(mine["local_devices"]) == gpus // 2
+        assert mine["digests"] == digest["digests"]
 
 
 def test_the_readme_s_example(ran: Cases) -> None:

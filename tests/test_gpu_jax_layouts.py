@@ -21,6 +21,7 @@ LAYOUTS = {
     "cp2": (2, Reductions(0, 8)),
     "moe_dp2": (2, Reductions(8, 0)),
     "dp2_ep2": (2, Reductions(0, 8)),
+    "tp4": (4, Reductions(16, 0)),  # as many ranks as heads: a KV head on two
     "tp4_cp2": (4, Reductions(8, 8)),
     "tp4_cp2_moe_dp2": (4, Reductions(16, 0)),
 }

@@ -35,6 +35,7 @@ LAYOUTS = {
     ParallelLayout(2, attn_cp_size=2): Reductions(0, 8),
     ParallelLayout(2, moe_dp_size=2): Reductions(8, 0),
     ParallelLayout(2, attn_dp_size=2, ep_size=2): Reductions(0, 8),
+    ParallelLayout(4): Reductions(16, 0),  # as many ranks as heads: a KV head on two
     ParallelLayout(4, attn_cp_size=2, moe_dp_size=2): Reductions(16, 0),
     ParallelLayout(4, attn_cp_size=2, moe_dp_size=2, ep_size=2): Reductions(16, 0),
     ParallelLayout(4, attn_cp_size=2): Reductions(8, 8),

@@ -73,6 +73,7 @@ LAYOUTS = {
     # and several at once
     layout(4, cp=4, moe_dp=2): Reductions(0, 2),
     layout(4, dp=2, cp=2, ep=2): Reductions(0, 2),
+    layout(8): Reductions(4, 0),  # each KV head on several ranks
     layout(8, dp=2, ep=8): Reductions(0, 4),
     layout(8, cp=4, moe_dp=2, ep=2): Reductions(2, 2),  # a slice has half of the pieces
     layout(8, dp=2, cp=2, moe_dp=2, ep=2): Reductions(0, 4),

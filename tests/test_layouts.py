@@ -84,6 +84,7 @@ LAYOUTS = {
         layout(4, dp=2, cp=2, ep=2): Reductions(0, 3),
     },
     8: {
+        layout(8): Reductions(6, 0),  # each KV head on several ranks
         layout(8, cp=2, moe_dp=2, ep=2): Reductions(6, 0),
         layout(8, cp=4, ep=8): Reductions(3, 3),
         layout(8, cp=4, moe_dp=2, ep=2): Reductions(3, 3),  # a slice has half of the pieces
