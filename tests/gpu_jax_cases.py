@@ -1,4 +1,4 @@
-"""What `test_gpu_jax.py` runs on two or more GPUs, in processes of its own: `python -m tests.gpu_jax_cases OUT CASE...`.
+"""What `test_gpu_jax.py` runs on GPUs, in processes of its own: `python -m tests.gpu_jax_cases OUT CASE...`.
 
 Each case is a function of this module; what it returns (or its traceback) is one JSON line in the file OUT, written
 when it ends, so that a case that hangs takes nothing of the others with it.

@@ -1,4 +1,4 @@
-"""The fused op on 2, 4 and 8 GPUs, as many as there are: against float64, in and out of CUDA graphs, bit by bit across ranks, memory given back.
+"""The fused op on 2, 4 and 8 GPUs, as far as there are: against float64, in CUDA graphs, across ranks, memory.
 
 Each test is one call on all ranks (NCCL and gloo, one GPU each) that loops inside; data is made and compared on
 the device, and what was found comes back once. Shapes: T tokens, D hidden.

@@ -1,4 +1,4 @@
-"""The fused op in JAX on two GPUs, and on four and eight where there are: bit for bit what PyTorch gets, through both transports, in CUDA graphs.
+"""The fused op in JAX on two GPUs (more where there are): bit for bit what PyTorch gets, and in CUDA graphs.
 
 The work is in `gpu_jax_cases.py`; this starts its processes once and looks at what they found.
 """
