@@ -74,7 +74,8 @@ def fused_communicator(
 
     `transport` is "ffi" (a C++ custom call) or "cupy" (CuPy, no compiler); on CPU the `reference` backend always
     takes the C++ rendezvous. `max_tokens` makes the workspace smaller than the decision's limit. `timeout_s`
-    bounds every wait for another rank: at start-up, and on CPU inside each call.
+    bounds every wait for another rank: at start-up, on CPU inside each call, and on GPUs where the host threads of a
+    process meet at a launch outside CUDA graphs; one that waits there in vain says so on stderr and launches.
 
     Raises ValueError for arguments that do not fit each other, FusionError where the decision's mode is "on" and
     it cannot be met, CommError when a rank ends, ImportError (with the command) for a missing package.
