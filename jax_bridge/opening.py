@@ -251,8 +251,8 @@ def _make_transport(
         return CupyTransport(communicator_id, axis_size, kernels)
     from jax_bridge.transports.ffi import FfiTransport
 
-    row = {rank.ordinal: rank.group for rank in local}
-    return FfiTransport(communicator_id, axis_size, kernels, row, timeout_s)
+    groups = {rank.ordinal: rank.group for rank in local}
+    return FfiTransport(communicator_id, axis_size, kernels, groups, timeout_s)
 
 
 def _close(
