@@ -481,9 +481,8 @@ def data_on_all(num_tokens: int) -> list[jax.Array]:
 
 
 def main(out: str, *cases: str) -> None:
-    if (
-        "CROSSFUSE_TEST_PROCESS" in os.environ
-    ):  # "INDEX PROCESSES PORT": one of several, with its share of the GPUs
+    if "CROSSFUSE_TEST_PROCESS" in os.environ:
+        # "INDEX PROCESSES PORT": one of several, with its share of the GPUs
         index, processes, port = map(int, os.environ["CROSSFUSE_TEST_PROCESS"].split())
         share = N // processes
         jax.distributed.initialize(
