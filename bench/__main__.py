@@ -12,11 +12,11 @@ from pathlib import Path
 from bench.compare import compare_files
 from bench.launch import PartError
 from bench.machine import Machine, git_revision
-from bench.measuring import measure_model, measure_op, model_config, probe_machine
+from bench.measuring import measure_kernels, measure_model, measure_op, model_config, probe_machine
 from bench.plots import draw, require_matplotlib
 from bench.readme import update_readme
 from bench.report import print_result, summary
-from bench.result import SCHEMA_VERSION, ModelSpec, OpSpec, Result
+from bench.result import SCHEMA_VERSION, KernelSpec, ModelSpec, OpSpec, Result
 from shared_config import cli
 from shared_config.presets import PRESETS
 
@@ -30,6 +30,10 @@ OP = {
 MODEL = {
     "cuda": {"batches": (1, 8, 32), "lengths": (1024,), "steps": 16, "repeats": 3, "chunk": 8192},
     "cpu": {"batches": (1, 4), "lengths": (32,), "steps": 4, "repeats": 3, "chunk": 512},
+}
+KERNELS = {
+    "cuda": {"batches": (1, 8, 32, 64, 128), "lengths": (1024,), "repeats": 20, "chunk": 8192},
+    "cpu": {"batches": (1, 4), "lengths": (32,), "repeats": 3, "chunk": 64},
 }
 ALL_LAYERS = 12  # of the preset in `all` on GPUs, so that every framework can run and compile it in minutes
 PAGE_SIZE = 16
@@ -53,8 +57,6 @@ def frameworks(text: str) -> tuple[str, ...]:
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    everything = ("torch", "jax", "transformers")
-    parser.add_argument("--frameworks", type=frameworks, default=everything, metavar=",".join(everything))
     parser.add_argument("--tp", type=int, default=2, metavar="N", help="tensor-parallel ranks (default 2)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
@@ -63,20 +65,28 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", default=None, help="of the sources, where they are no git checkout")
 
 
+def add_frameworks(parser: argparse.ArgumentParser) -> None:
+    everything = ("torch", "jax", "transformers")
+    parser.add_argument("--frameworks", type=frameworks, default=everything, metavar=",".join(everything))
+
+
 def add_op(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=numbers, default=None, metavar="1,8,64")
     parser.add_argument("--hidden", type=int, default=2048, metavar="D")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, default=None, metavar="DIR", help="a checkpoint folder")
     parser.add_argument("--preset", default=None, choices=sorted(PRESETS), help="a real model's shape")
-    parser.add_argument("--layers", type=int, default=None, metavar="N", help="of the preset, the first N")
-    parser.add_argument("--load-format", default=None, choices=("safetensors", "dummy"))
     parser.add_argument("--batches", type=numbers, default=None, metavar="1,8,32")
     parser.add_argument("--lengths", type=numbers, default=None, metavar="1024", help="of the prompts")
-    parser.add_argument("--decode-steps", type=int, default=None, metavar="N", help="in each repeat")
     parser.add_argument("--chunk", type=int, default=None, metavar="N", help="prompt tokens in one pass")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", type=int, default=None, metavar="N", help="of the preset, the first N")
+    parser.add_argument("--load-format", default=None, choices=("safetensors", "dummy"))
+    parser.add_argument("--decode-steps", type=int, default=None, metavar="N", help="in each repeat")
 
 
 def op_spec(args: argparse.Namespace, device: str) -> OpSpec:
@@ -129,12 +139,31 @@ def model_spec(args: argparse.Namespace, device: str) -> tuple[ModelSpec, str]:
     return spec, "" if model is None else str(model)
 
 
+def kernel_spec(args: argparse.Namespace, device: str) -> KernelSpec:
+    preset = args.preset or ("80b" if args.model is None and device == "cuda" else None)
+    name, config = model_config(args.model or (TINY if preset is None else None), preset, None)
+    defaults = KERNELS[device]
+    return KernelSpec(
+        tp=args.tp,
+        name=preset or name,
+        hf_config=config,
+        dtype=args.dtype,
+        device=device,
+        batches=args.batches or defaults["batches"],
+        lengths=args.lengths or defaults["lengths"],
+        repeats=args.repeats or defaults["repeats"],
+        max_step_tokens=args.chunk or defaults["chunk"],
+        page_size=PAGE_SIZE,
+    )
+
+
 def run_bench(args: argparse.Namespace) -> int:
     require_matplotlib()
-    if args.measures_model:
+    if "model" in args.measures:
         check_model(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    machine: Machine = probe_machine(args.device, args.dtype, args.tp)
+    ranks = 1 if args.measures == {"kernels"} else args.tp  # one rank's kernels need one device
+    machine: Machine = probe_machine(args.device, args.dtype, ranks)
     device = machine.hardware.device
     result = Result(
         schema_version=SCHEMA_VERSION,
@@ -147,13 +176,20 @@ def run_bench(args: argparse.Namespace) -> int:
         op=(),
         model_spec=None,
         model=(),
+        kernel_spec=None,
+        kernels=(),
     )
-    if args.measures_op:
+    if "kernels" in args.measures:
+        kernels = kernel_spec(args, device)
+        kernel_rows, notes = measure_kernels(kernels, machine)
+        result = replace(result, kernel_spec=kernels, kernels=tuple(kernel_rows), notes=tuple(notes))
+        result.save(args.out / "result.json")
+    if "op" in args.measures:
         op = op_spec(args, device)
         op_rows, decisions = measure_op(op, machine)
         result = replace(result, op_spec=op, op=tuple(op_rows), decisions=decisions)
         result.save(args.out / "result.json")  # should a later part fail, these minutes are not lost
-    if args.measures_model:
+    if "model" in args.measures:
         model, folder = model_spec(args, device)
         result = replace(result, model_spec=model)
         for framework in model.frameworks:
@@ -188,15 +224,17 @@ def run_readme(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    op, shapes, model = (add_frameworks, add_op), (add_shapes,), (add_shapes, add_frameworks, add_model)
     for name, adders, help_text in (
-        ("op", (add_op,), "the fused op against its alternatives, by number of tokens"),
-        ("model", (add_model,), "prefill and decode, fused and not, in all frameworks, beside the roofline"),
-        ("all", (add_op, add_model), "both"),
+        ("op", op, "the fused op against its alternatives, by number of tokens"),
+        ("kernels", shapes, "each own kernel against plain torch, beside its floor; on one device"),
+        ("model", model, "prefill and decode, fused and not, in all frameworks, beside the roofline"),
+        ("all", (*op, *shapes, add_model), "the three"),
     ):
         command = commands.add_parser(name, help=help_text)
         for add in (add_common, *adders):
             add(command)
-        command.set_defaults(run=run_bench, measures_op=add_op in adders, measures_model=add_model in adders)
+        command.set_defaults(run=run_bench, measures={"op", "kernels", "model"} if name == "all" else {name})
     compare = commands.add_parser("compare", help="what changed between two results, beyond their spread")
     compare.add_argument("before", type=Path, metavar="A.json")
     compare.add_argument("after", type=Path, metavar="B.json")

@@ -31,7 +31,9 @@ class Change:
 
 
 def timings(result: Result) -> dict[str, Timing]:
-    return {row.key: row.timing for row in (*result.op, *result.model)}
+    return {row.key: row.timing for row in (*result.op, *result.model)} | {
+        row.key: row.timing for row in result.kernels if row.timing is not None
+    }
 
 
 def compare(before: Result, after: Result) -> list[Change]:
@@ -62,8 +64,13 @@ def differences(before: Result, after: Result) -> list[str]:
 
 
 def _model(result: Result) -> dict[str, Any]:
-    spec = result.model_spec
-    return {} if spec is None else spec.hf_config | {"name": spec.name, "weights": spec.load_format}
+    model, kernels = result.model_spec, result.kernel_spec
+    found: dict[str, Any] = {} if kernels is None else kernels.hf_config | {"shapes": kernels.name}
+    return (
+        found
+        if model is None
+        else found | model.hf_config | {"name": model.name, "weights": model.load_format}
+    )
 
 
 def compare_files(before_file: Path, after_file: Path) -> dict[str, object]:

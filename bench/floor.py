@@ -65,8 +65,8 @@ def step_work(
             + (len(kinds) - moe) * 3 * config.hidden_size * config.intermediate_size // tp,
         ),
         "experts": _experts(config, tp, tokens, moe, distinct_experts),
-        "attention": _attention(config, tp, chunks, attention),
-        "gated delta net": _gated_delta_net(config, tp, chunks, linear),
+        "attention": attention_work(config, tp, chunks, attention),
+        "gated delta net": gated_delta_net_work(config, tp, chunks, linear),
         "head": _weights(
             config.itemsize, len(chunks), vocab_share(config.vocab_size, 0, tp)[1] * config.hidden_size
         ),
@@ -113,7 +113,7 @@ def _experts(config: Qwen3NextConfig, tp: int, tokens: int, layers: int, distinc
     )
 
 
-def _attention(config: Qwen3NextConfig, tp: int, chunks: tuple[Chunk, ...], layers: int) -> Work:
+def attention_work(config: Qwen3NextConfig, tp: int, chunks: tuple[Chunk, ...], layers: int) -> Work:
     """Keys and values: earlier ones are read, own ones written. Two products for each pair of query and key."""
     row = 2 * _kv_heads(config, tp) * config.head_dim * config.itemsize
     heads = config.num_attention_heads // tp
@@ -122,7 +122,7 @@ def _attention(config: Qwen3NextConfig, tp: int, chunks: tuple[Chunk, ...], laye
     return Work(memory_bytes=layers * rows * row, flops=4.0 * layers * pairs * heads * config.head_dim)
 
 
-def _gated_delta_net(config: Qwen3NextConfig, tp: int, chunks: tuple[Chunk, ...], layers: int) -> Work:
+def gated_delta_net_work(config: Qwen3NextConfig, tp: int, chunks: tuple[Chunk, ...], layers: int) -> Work:
     """Recurrent and convolution states are read and written once a chunk; a token needs three products with the
     state (read, correct, query), the fewest operations of any form of the rule."""
     heads = config.linear_num_value_heads // tp

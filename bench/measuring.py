@@ -9,10 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from bench.codec import from_plain, to_plain
-from bench.floor import Chunk, decode_chunks, floor_us, step_work
+from bench.floor import Chunk, Work, decode_chunks, floor_us, step_work
 from bench.launch import PartError, run_part
 from bench.machine import Machine
-from bench.result import ModelPart, ModelRow, ModelSpec, OpPart, OpRow, OpSpec
+from bench.result import (
+    KernelPart,
+    KernelRow,
+    KernelSpec,
+    ModelPart,
+    ModelRow,
+    ModelSpec,
+    OpPart,
+    OpRow,
+    OpSpec,
+)
 from shared_config import FusionDecision, ParallelLayout, Qwen3NextConfig
 from shared_config.checkpoint import plan_checkpoint
 from shared_config.model import read_hf_config
@@ -145,6 +155,20 @@ def with_floors(rows: Sequence[ModelRow], spec: ModelSpec, machine: Machine) -> 
         work = step_work(spec.config, tp=tp, chunks=chunks, distinct_experts=row.distinct_experts)
         found.append(replace(row, floor_us=floor_us(work, rates)))
     return found
+
+
+def measure_kernels(spec: KernelSpec, machine: Machine) -> tuple[list[KernelRow], list[str]]:
+    """All rows with their floors, and notes on which kernels run here."""
+    ParallelLayout(tp_size=spec.tp).validate(spec.config)
+    env = part_environment("torch", spec.device, tp=1)
+    part = from_plain(
+        KernelPart, run_part("bench.torch_kernels", to_plain(spec), timeout_s=MODEL_TIMEOUT_S, env=env)
+    )
+    rows = []
+    for row in part.rows:
+        work = Work(memory_bytes=row.memory_bytes, flops=row.flops)
+        rows.append(replace(row, floor_us=floor_us({row.kernel: work}, machine.rates)))
+    return rows, list(part.notes)
 
 
 def part_environment(framework: str, device: str, tp: int) -> dict[str, str]:

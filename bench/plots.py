@@ -1,12 +1,12 @@
-"""PNG plots: the op's latency by tokens, and the model's time beside its floor."""
+"""PNG plots: the op's latency by tokens, the model's time beside its floor, the kernels' shares of theirs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from bench.report import model_title, op_columns, op_title
-from bench.result import METHODS, ModelRow, Result
+from bench.report import kernel_title, model_title, op_columns, op_title
+from bench.result import METHODS, KernelRow, ModelRow, Result
 
 STYLES = {
     ("torch", "fused"): ("tab:green", "o-"),
@@ -35,7 +35,7 @@ def require_matplotlib() -> Any:
 
 
 def draw(result: Result, folder: Path) -> list[Path]:
-    """The plots of what was measured, as `op.png`, `prefill.png` and `decode.png`."""
+    """The plots of what was measured: `op.png`, `prefill.png` and `decode.png`, `kernels.png`."""
     files = []
     if result.op:
         files.append(_draw_op(result, folder / "op.png"))
@@ -43,7 +43,46 @@ def draw(result: Result, folder: Path) -> list[Path]:
         rows = [row for row in result.model if row.phase == phase]
         if rows:
             files.append(_draw_model(result, phase, rows, folder / f"{phase}.png"))
+    timed = [row for row in result.kernels if row.timing is not None]
+    if timed:
+        files.append(_draw_kernels(result, timed, folder / "kernels.png"))
     return files
+
+
+def _draw_kernels(result: Result, rows: list[KernelRow], file: Path) -> Path:
+    """A panel for each phase: bars of the floor's share, by kernel and number of tokens."""
+    plt = require_matplotlib()
+    phases = [phase for phase in ("decode", "prefill") if any(row.phase == phase for row in rows)]
+    bars = {phase: [row for row in rows if row.phase == phase] for phase in phases}
+    heights = [len(bars[phase]) for phase in phases]
+    figure, grid = plt.subplots(
+        len(phases), 1, figsize=(9, 2 + 0.17 * sum(heights)), layout="constrained", squeeze=False,
+        gridspec_kw={"height_ratios": heights},
+    )  # fmt: skip
+    for axes, phase in zip(grid[:, 0], phases, strict=True):
+        names = list(dict.fromkeys(row.kernel for row in bars[phase]))
+        ordered = sorted(bars[phase], key=lambda r: (names.index(r.kernel), r.length or 0, r.num_tokens))
+        for place, row in enumerate(ordered):
+            assert row.timing is not None
+            color = f"C{names.index(row.kernel) % 10}"
+            axes.barh(place, 100 * (row.share or 0), color=color, alpha=0.85)
+            axes.text(
+                100 * (row.share or 0) + 1, place, f"{row.timing.median_us:.1f}", va="center", fontsize=6
+            )
+        length = (
+            f" x {row.length}" if row.length is not None and phase == "decode" else "" for row in ordered
+        )
+        labels = [f"{row.kernel}, {row.num_tokens}{more}" for row, more in zip(ordered, length, strict=True)]
+        axes.set_yticks(range(len(ordered)), labels, fontsize=7)
+        axes.set(xlim=(0, 110), title=kernel_title(result, phase))
+        axes.title.set_fontsize("small")
+        axes.invert_yaxis()
+        axes.margins(y=0.01)
+        axes.grid(True, axis="x", alpha=0.25)
+    grid[-1][0].set_xlabel("% of the floor's rate; beside each bar its microseconds")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+    return file
 
 
 def _draw_op(result: Result, file: Path) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from bench.result import METHODS, ModelRow, OpRow, Result
+from bench.result import METHODS, KernelRow, ModelRow, OpRow, Result
 from bench.stats import Timing
 
 FRAMEWORKS = ("torch", "jax", "transformers")
@@ -110,6 +110,61 @@ def model_table(rows: Sequence[ModelRow], phase: str) -> TableCells:
     return headings, lines
 
 
+def kernel_table(rows: Sequence[KernelRow], phase: str) -> TableCells:
+    """A line per kernel and size. `share`: of the floor's rate, which the bytes or the products bound."""
+    headings = [
+        "kernel",
+        "tokens",
+        "length",
+        "us",
+        "plain torch us",
+        "floor us",
+        "share",
+        "MB",
+        "GB/s",
+        "TFLOP/s",
+        "apart",
+    ]
+    lines = []
+    found = [row for row in rows if row.phase == phase]
+    order = list(dict.fromkeys(row.kernel for row in found))
+    for row in sorted(found, key=lambda r: (order.index(r.kernel), r.length or 0, r.num_tokens)):
+        line = [row.kernel, str(row.num_tokens), "" if row.length is None else str(row.length)]
+        floor = "-" if row.floor_us is None else f"{row.floor_us:.1f}"
+        megabytes = f"{row.memory_bytes / 1e6:.1f}"
+        if row.timing is None:
+            lines.append([*line, "-", _us(row.plain), floor, "-", megabytes, "-", "-", "-"])
+            continue
+        us, share = row.timing.median_us, row.share
+        line += [_us(row.timing), _us(row.plain), floor, "-" if share is None else f"{share:.0%}", megabytes]
+        rates = [f"{row.memory_bytes / us / 1e3:.0f}", f"{row.flops / us / 1e6:.1f}" if row.flops else "-"]
+        lines.append([*line, *rates, "-" if row.apart is None else f"{row.apart:.1g}"])
+    return headings, lines
+
+
+def share_table(rows: Sequence[KernelRow], phase: str) -> TableCells:
+    """The same in short: a line per kernel, a column per number of tokens with the time and the share."""
+    found = {
+        (_name(row), row.num_tokens): row for row in rows if row.phase == phase and row.timing is not None
+    }
+    sizes = sorted({num_tokens for _, num_tokens in found})
+    lines = []
+    for name in dict.fromkeys(name for name, _ in found):
+        cells = [found.get((name, size)) for size in sizes]
+        lines.append([name, *("-" if row is None else _time_and_share(row) for row in cells)])
+    return ["kernel", *(str(size) for size in sizes)], lines
+
+
+def _name(row: KernelRow) -> str:
+    return row.kernel if row.length is None else f"{row.kernel}, length {row.length}"
+
+
+def _time_and_share(row: KernelRow) -> str:
+    assert row.timing is not None
+    share = "" if row.share is None else f" ({row.share:.0%})"
+    return f"{row.timing.median_us:.1f}{share}"
+
+
 def model_gain(rows: Sequence[ModelRow], framework: str, phase: str, batch: int, length: int) -> float | None:
     """Time without fusion over time with it."""
     times = {
@@ -149,11 +204,18 @@ def model_title(result: Result, phase: str) -> str:
     return f"{what}: {spec.name}{weights}, {spec.dtype}, TP {spec.tp}, {result.machine.label}"
 
 
+def kernel_title(result: Result, phase: str) -> str:
+    spec = result.kernel_spec
+    assert spec is not None
+    what = {"prefill": "a pass of prefill", "decode": "a decode step"}[phase]
+    return f"kernels of {what}: {spec.name}, {spec.dtype}, one of {spec.tp} ranks, {result.machine.label}"
+
+
 def print_table(title: str, table: TableCells) -> None:
     headings, lines = table
     drawn = Table(title=title, title_justify="left", show_edge=False)
     for heading in headings:
-        drawn.add_column(heading, justify="right", no_wrap=True)
+        drawn.add_column(heading, justify="left" if heading == "kernel" else "right", no_wrap=True)
     for line in lines:
         drawn.add_row(*line)
     console = Console()
@@ -177,6 +239,9 @@ def print_result(result: Result) -> None:
     for phase in ("prefill", "decode"):
         if any(row.phase == phase for row in result.model):
             print_table(model_title(result, phase), model_table(result.model, phase))
+    for phase in ("decode", "prefill"):
+        if any(row.phase == phase for row in result.kernels):
+            print_table(kernel_title(result, phase), kernel_table(result.kernels, phase))
     for note in result.notes:
         print(f"note: {note}")
 
@@ -196,4 +261,8 @@ def summary(result: Result) -> dict[str, object]:
         }
     for row in result.model:
         line[f"{row.key.replace(', ', ' ')}: ms"] = round(row.timing.median_us / 1e3, 3)
+    for row in result.kernels:
+        if row.timing is not None and row.share is not None:
+            line[f"{row.key.replace(', ', ' ')}: us"] = round(row.timing.median_us, 2)
+            line[f"{row.key.replace(', ', ' ')}: share"] = round(row.share, 3)
     return line

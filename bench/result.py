@@ -15,6 +15,7 @@ from shared_config.model import DTYPE_BYTES
 from shared_config.settings import EngineSettings
 
 SCHEMA_VERSION = 1
+BEFORE_KERNELS: dict[str, Any] = {"kernel_spec": None, "kernels": []}  # what older files of this version lack
 WARM_UPS = 2  # XLA captures its graphs at a program's second run
 
 
@@ -213,6 +214,81 @@ class ModelPart:
 
 
 @dataclass(frozen=True)
+class KernelSpec:
+    """What `kernels` measures, on one device: the project's own kernels with the shapes of one of `tp` ranks.
+
+    Decode steps are of `batches` sequences, passes of prefill of one prompt and of as many as fit into
+    `max_step_tokens`. `lengths`: of the prompts, and of the context in decode.
+    """
+
+    tp: int
+    name: str
+    hf_config: dict[str, Any]
+    dtype: str
+    device: str
+    batches: tuple[int, ...]
+    lengths: tuple[int, ...]
+    repeats: int
+    max_step_tokens: int
+    page_size: int
+
+    @property
+    def config(self) -> Qwen3NextConfig:
+        return replace(Qwen3NextConfig.from_hf(self.hf_config), dtype=self.dtype)
+
+    @property
+    def passes(self) -> tuple[tuple[int, int], ...]:
+        """(number of prompts, their length) of each pass of prefill."""
+        found = []
+        for length in self.lengths:
+            length = min(length, self.max_step_tokens)
+            found += [(1, length), (self.max_step_tokens // length, length)]
+        return tuple(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel in one phase. `length`: of the context or the prompts, None where nothing depends on it.
+
+    `timing` is None where the kernel does not run on this device; `plain` is the same in plain torch. `memory_bytes`:
+    every operand read once (of weights and caches what is touched) and every result written once; `floor_us`: the
+    longer of those bytes and `flops` at the measured rates. `apart`: the distance of the two results in the 2-norm,
+    relative to the plain one.
+    """
+
+    kernel: str
+    phase: str
+    num_tokens: int
+    length: int | None
+    timing: Timing | None
+    plain: Timing
+    memory_bytes: int
+    flops: float
+    floor_us: float | None
+    apart: float | None
+
+    @property
+    def key(self) -> str:
+        context = "" if self.length is None else f", length {self.length}"
+        return f"kernel {self.kernel}, {self.phase}, {self.num_tokens} tokens{context}"
+
+    @property
+    def share(self) -> float | None:
+        """Of the floor's rate that the kernel reaches, 0 to 1."""
+        if self.timing is None or self.floor_us is None:
+            return None
+        return self.floor_us / self.timing.median_us
+
+
+@dataclass(frozen=True)
+class KernelPart:
+    """What the part of `kernels` returns; `notes`: which kernels run here, and why others do not."""
+
+    rows: tuple[KernelRow, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Result:
     """`decisions` by part ("torch op"); `created` is UTC; `notes` say what is missing, and what ran."""
 
@@ -226,6 +302,8 @@ class Result:
     op: tuple[OpRow, ...]
     model_spec: ModelSpec | None
     model: tuple[ModelRow, ...]
+    kernel_spec: KernelSpec | None
+    kernels: tuple[KernelRow, ...]
 
     def save(self, file: Path) -> None:
         file.write_text(json.dumps(to_plain(self), indent=1) + "\n")
@@ -238,6 +316,6 @@ class Result:
             version = plain.get("schema_version") if isinstance(plain, dict) else None
             if version != SCHEMA_VERSION:
                 raise ValueError(f"schema_version must be {SCHEMA_VERSION}, got {version!r}")
-            return from_plain(cls, plain)
+            return from_plain(cls, BEFORE_KERNELS | plain)
         except ValueError as error:
             raise ValueError(f"{file} is not a result of this benchmark: {error}") from error
