@@ -440,8 +440,9 @@ def _norm_rope(rank: Rank, phase: str, T: int) -> Case:
     moved = 2 * T * (H + 2 * G) * d * rank.dtype.itemsize
     projected = rank.randn(rank.sets(moved), T, 2 * (H + G) * d)
     positions = torch.arange(T, device=rank.device)
-    weights = {"q_weight": rank.randn(d), "k_weight": rank.randn(d)}
-    options = weights | {
+    options: dict[str, Any] = {
+        "q_weight": rank.randn(d),
+        "k_weight": rank.randn(d),
         "num_heads": H,
         "rotary_dim": config.rotary_dim,
         "theta": config.rope_theta,

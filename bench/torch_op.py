@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ from bench.result import OpPart, OpRow, OpSpec
 from bench.stats import slowest, summarize
 from core_torch.kernels.allreduce import ReduceGroup, allreduce_residual_rmsnorm, unfused
 from core_torch.kernels.choice import KernelOptions, choose_kernels
+from core_torch.kernels.flashinfer_api import RawKernel
 from core_torch.kernels.norm import rms_norm_reference
 from core_torch.kernels.selftest import TOLERANCE
+from core_torch.kernels.startup import start_fusion
 from core_torch.parallel import open_parallel, rank_device
 from shared_config import ParallelLayout, probe_flashinfer, probe_hardware, resolve_fusion
 
@@ -42,13 +45,32 @@ def run(plain: dict[str, Any]) -> dict[str, Any]:
     dtype: torch.dtype = getattr(torch, spec.dtype)
     flashinfer, layout = probe_flashinfer(), ParallelLayout(tp_size=spec.tp)
     decision = resolve_fusion(spec.model_facts(), layout, probe_hardware(), flashinfer, spec.fusion_request())
-    with open_parallel(decision, layout, flashinfer, device=device, dtype=dtype) as parallel:
-        choose_kernels([parallel.attention], KernelOptions(dtype, device, max_num_seqs=max(spec.tokens)))
+    most = max(spec.tokens)
+    with ExitStack() as stack:
+        parallel = stack.enter_context(
+            open_parallel(decision, layout, flashinfer, device=device, dtype=dtype, max_tokens=most)
+        )
+        group = parallel.attention
+        choose_kernels([group], KernelOptions(dtype, device, max_num_seqs=most))
+        kernel = None
+        if device.type == "cuda":
+            _, workspace = start_fusion(
+                decision.without_pair("FlashInfer's kernel is measured alone"),
+                group.comm,
+                hidden_size=spec.hidden_size,
+                dtype=dtype,
+                device=device,
+                flashinfer=flashinfer,
+                device_group=group.device_group,
+                max_tokens=most,
+            )
+            assert workspace is not None  # fusion is demanded
+            kernel = stack.enter_context(workspace).raw()
         rows = []
         sizes = tqdm(spec.tokens, desc="op, torch", unit="size", disable=parallel.rank != 0, leave=False)
         with torch.inference_mode():
             for num_tokens in sizes:
-                rows += measure_size(spec, num_tokens, parallel.attention, device, dtype)
+                rows += measure_size(spec, num_tokens, group, kernel, device, dtype)
         return to_plain(OpPart(tuple(rows), parallel.decision))
 
 
@@ -78,13 +100,19 @@ class Inputs:
 
 
 def measure_size(
-    spec: OpSpec, num_tokens: int, group: ReduceGroup, device: torch.device, dtype: torch.dtype
+    spec: OpSpec,
+    num_tokens: int,
+    group: ReduceGroup,
+    kernel: RawKernel | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> list[OpRow]:
-    """All methods at one size, in turn, so that a drift of the clock meets all of them alike."""
+    """All methods at one size, in turn, so that a drift of the clock meets all of them alike. `kernel`: FlashInfer's,
+    on GPUs."""
     inputs = Inputs(spec, num_tokens, group.rank, device, dtype)
     expected = expectation(inputs, group)
     errors, clocks = {}, {}
-    for name, call in methods(inputs, num_tokens, group, device).items():
+    for name, call in methods(inputs, num_tokens, group, kernel).items():
         inputs.restore()
         errors[name] = check(f"{name} at {num_tokens} tokens", call(0, inputs.start), expected, dtype)
         clocks[name] = checked_clock(name, call, spec.calls, inputs, group, dtype)
@@ -137,7 +165,7 @@ def checked_clock(
     return clock
 
 
-def methods(inputs: Inputs, num_tokens: int, group: ReduceGroup, device: torch.device) -> dict[str, Call]:
+def methods(inputs: Inputs, num_tokens: int, group: ReduceGroup, kernel: RawKernel | None) -> dict[str, Call]:
     """Every way to run the reduction on this device at this size, by its name in `result.METHODS`."""
 
     def engine(pay: Callable[..., tuple[Tensor, Tensor]]) -> Call:
@@ -151,7 +179,7 @@ def methods(inputs: Inputs, num_tokens: int, group: ReduceGroup, device: torch.d
         return (partial,)
 
     calls: dict[str, Call] = {"fused": engine(allreduce_residual_rmsnorm)}
-    if device.type == "cuda":
+    if kernel is not None:
         from bench.add_norm import add_norm
 
         def allreduce_norm(number: int, partial: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,17 +187,15 @@ def methods(inputs: Inputs, num_tokens: int, group: ReduceGroup, device: torch.d
             residual = inputs.residual(number)
             return add_norm(partial, residual, inputs.weight, eps=EPS, weight_bias=WEIGHT_BIAS)
 
-        calls["fused_oneshot"] = forced(inputs, group, oneshot=True)
+        calls["fused_oneshot"] = forced(kernel, inputs, group, oneshot=True)
         if num_tokens > group.size:  # the kernel splits tokens over ranks
-            calls["fused_twoshot"] = forced(inputs, group, oneshot=False)
+            calls["fused_twoshot"] = forced(kernel, inputs, group, oneshot=False)
         calls["allreduce_norm"] = allreduce_norm
     return calls | {"unfused": engine(unfused), "allreduce": allreduce}
 
 
-def forced(inputs: Inputs, group: ReduceGroup, *, oneshot: bool) -> Call:
-    """FlashInfer's kernel itself, on the engine's workspace, with the algorithm that the engine leaves to a rule."""
-    assert group.workspace is not None
-    kernel = group.workspace.raw()
+def forced(kernel: RawKernel, inputs: Inputs, group: ReduceGroup, *, oneshot: bool) -> Call:
+    """FlashInfer's kernel itself, on a workspace of its own, with the algorithm that the engine leaves to a rule."""
 
     def call(number: int, partial: Tensor) -> tuple[Tensor, Tensor]:
         out_residual, out_normed = torch.empty_like(partial), torch.empty_like(partial)

@@ -59,6 +59,7 @@ class LLM:
         self.config = Qwen3NextConfig.from_hf(folder)
         layout = ParallelLayout(tensor_parallel_size, attn_cp_size, attn_dp_size, moe_dp_size, ep_size)
         layout.validate(self.config)
+        engine = EngineSettings(str(folder), dtype=dtype, deterministic=deterministic, **settings)
         tokenizer_file = folder / "tokenizer.json"
         self._spec = SessionSpec(
             config=self.config,
@@ -69,8 +70,9 @@ class LLM:
                 backend=backend,
                 allow_multicast=allow_multicast,
                 max_bytes=max_fused_bytes,
+                own_kernels=engine.kernels != "plain",
             ),
-            settings=EngineSettings(str(folder), dtype=dtype, deterministic=deterministic, **settings),
+            settings=engine,
             device=_choose_device(device, tensor_parallel_size),
             tokenizer_file=str(tokenizer_file) if tokenizer_file.exists() else None,
         )

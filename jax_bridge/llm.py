@@ -84,6 +84,7 @@ class LLM:
                 backend=backend,
                 allow_multicast=allow_multicast,
                 max_bytes=max_fused_bytes,
+                own_kernels=engine.kernels != "plain",
             ),
             settings=engine,
             dtype=jnp.dtype(self.config.dtype if dtype == "auto" else dtype),

@@ -101,20 +101,27 @@ def _ask_for_cpu_devices(count: int) -> None:
 
 @contextmanager
 def open_parallel(
-    decision: FusionDecision, layout: ParallelLayout, *, devices: list[Device], dtype: jnp.dtype
+    decision: FusionDecision,
+    layout: ParallelLayout,
+    *,
+    devices: list[Device],
+    dtype: jnp.dtype,
+    max_tokens: int | None = None,
 ) -> Iterator[Parallel]:
-    """A mesh of `devices`, with fusion started where the decision allows it. Functions traced inside may fuse."""
+    """A mesh of `devices`, with fusion started where the decision allows it. Functions traced inside may fuse.
+
+    `max_tokens` is the largest batch that can come, where that is below the decision's limit (smaller workspaces)."""
     factors = refine(layout)
     mesh = make_mesh(factors, devices)
     tp, moe = axis_of(factors, "tp"), axis_of(factors, *MOE_SLICE)
     names = [axis.name for axis in {tp: None, moe: None} if axis.size > 1]
     with ExitStack() as stack:
-        comms = _open(stack, mesh, names, decision, dtype)
+        comms = _open(stack, mesh, names, decision, dtype, max_tokens)
         decisions = [comm.decision for comm in comms.values()]
         refusal = next((other for other in decisions if not other.enabled), None)
         if refusal is not None and any(other.enabled for other in decisions):
             stack.close()  # a later group's failure stops the groups that have started, too
-            comms = _open(stack, mesh, names, refusal, dtype)
+            comms = _open(stack, mesh, names, refusal, dtype, max_tokens)
         yield Parallel(
             layout=layout,
             mesh=mesh,
@@ -139,9 +146,12 @@ def _open(
     names: list[AxisName],
     decision: FusionDecision,
     dtype: jnp.dtype,
+    max_tokens: int | None,
 ) -> dict[AxisName, Communicator]:
     """One communicator for each kind of group; attention and the MoE share one where their groups are the same."""
     return {
-        name: stack.enter_context(fused_communicator(mesh, name, decision.hidden_size, dtype, decision))
+        name: stack.enter_context(
+            fused_communicator(mesh, name, decision.hidden_size, dtype, decision, max_tokens=max_tokens)
+        )
         for name in names
     }

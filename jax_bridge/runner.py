@@ -25,6 +25,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from core_torch.kernels.choice import choose_kernels, describe
+from core_torch.kernels.pair_allreduce import pair_answer
 from jax_bridge.batch import MIN_PAGES, Batch, build_batch
 from jax_bridge.cache import LayerCache, cache_bytes, cache_specs, make_cache
 from jax_bridge.dispatch import dispatch_lock, ends_within
@@ -92,6 +93,7 @@ class ModelRunner:
                 compiled=settings.kernels == "auto",
             ),
         )
+        self.kernels["pair_allreduce"] = pair_answer(parallel.decision)
         open_kernels([name for name, answer in self.kernels.items() if answer.usable], parallel.torch_device)
         if parallel.platform == "gpu":
             print(f"crossfuse: kernels {describe(self.kernels)}", file=sys.stderr, flush=True)

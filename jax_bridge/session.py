@@ -59,7 +59,10 @@ class Session:
 def open_session(spec: SessionSpec, weights: Weights) -> Iterator[Session]:
     """Probe this machine, resolve fusion, load `weights`, and clean up at the end."""
     decision = resolve_fusion(spec.config, spec.layout, probe_hardware(), probe_flashinfer(), spec.request)
-    with open_parallel(decision, spec.layout, devices=list(spec.devices), dtype=spec.dtype) as parallel:
+    largest = max(spec.settings.max_step_tokens, spec.settings.max_num_seqs)
+    with open_parallel(
+        decision, spec.layout, devices=list(spec.devices), dtype=spec.dtype, max_tokens=largest
+    ) as parallel:
         runner = ModelRunner(
             spec.config, parallel, spec.settings, spec.dtype, weights, decode_steps=spec.decode_steps
         )

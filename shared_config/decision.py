@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 
 from shared_config.hardware import FlashInferInfo, HardwareInfo
 from shared_config.layout import ParallelLayout
-from shared_config.limits import ByteLimit, byte_limit
+from shared_config.limits import ByteLimit, PairLimit, byte_limit, pair_limit
 from shared_config.rules import RULES, Facts, FusibleModel, FusionRequest, RuleResult
 
 SIDES = ("attention", "mlp")
@@ -36,7 +36,8 @@ class FusionDecision:
     """The verdict with everything behind it; equal on all ranks, or those ranks must not run together.
 
     `backend` is "unfused" unless `enabled`. `decided_by` names the first rule that failed ("all rules" when
-    none did). `max_bytes` is the largest `num_tokens * hidden_size * itemsize` that one call may fuse.
+    none did). `max_bytes` is the largest `num_tokens * hidden_size * itemsize` that one call of the backend may fuse.
+    Calls of more than `pair.above` bytes are for the project's own kernel, up to `pair.max_bytes` (0: it takes none).
     """
 
     enabled: bool
@@ -49,14 +50,22 @@ class FusionDecision:
     deterministic: bool
     max_bytes: int
     max_bytes_source: str
+    pair: PairLimit
     hidden_size: int
     layout: ParallelLayout
 
     def max_tokens(self, itemsize: int) -> int:
         """The most tokens of `itemsize`-byte elements that one call may fuse."""
+        return self._tokens(self.pair.max_bytes or self.max_bytes, itemsize)
+
+    def max_backend_tokens(self, itemsize: int) -> int:
+        """The most tokens for which the backend's kernel is taken; `pair_allreduce` takes more, where it takes any."""
+        return self._tokens(self.pair.above if self.pair.max_bytes else self.max_bytes, itemsize)
+
+    def _tokens(self, num_bytes: int, itemsize: int) -> int:
         if itemsize < 1:
             raise ValueError(f"itemsize must be at least 1 byte, got {itemsize}")
-        return self.max_bytes // (self.hidden_size * itemsize)
+        return num_bytes // (self.hidden_size * itemsize)
 
     def fuses(
         self,
@@ -87,7 +96,8 @@ class FusionDecision:
         elif num_tokens < 1:
             refusal = "the batch has no tokens"
         elif num_tokens > limit:
-            refusal = f"num_tokens {num_tokens} is above the limit of {limit} ({self.max_bytes} bytes)"
+            max_bytes = self.pair.max_bytes or self.max_bytes
+            refusal = f"num_tokens {num_tokens} is above the limit of {limit} ({max_bytes} bytes)"
         elif group == 1:
             refusal = f"the {side} group has one rank: nothing to reduce"
         elif owed_ranks is not None and op_ranks is not None and sorted(owed_ranks) != sorted(op_ranks):
@@ -127,6 +137,10 @@ class FusionDecision:
             rules=(*self.rules, failure),
         )
 
+    def without_pair(self, reason: str) -> FusionDecision:
+        """A copy whose calls all run in the backend's kernel, up to its limit."""
+        return replace(self, pair=PairLimit(0, 0, reason))
+
     def to_json(self) -> str:
         """One canonical line: equal decisions give equal text."""
         return json.dumps(asdict(self), sort_keys=True)
@@ -139,6 +153,7 @@ class FusionDecision:
             values["rules"] = tuple(RuleResult(**rule) for rule in values["rules"])
             values["warnings"] = tuple(values["warnings"])
             values["layout"] = ParallelLayout(**values["layout"])
+            values["pair"] = PairLimit(**values["pair"])
             return cls(**values)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a FusionDecision in JSON: {error}") from error
@@ -188,6 +203,7 @@ def resolve_fusion(
         deterministic=request.deterministic,
         max_bytes=limit.max_bytes,
         max_bytes_source=limit.source,
+        pair=_pair_limit(model, layout, hardware, request, backend),
         hidden_size=model.hidden_size,
         layout=layout,
     )
@@ -209,6 +225,19 @@ def _limit(layout: ParallelLayout, hardware: HardwareInfo, request: FusionReques
     if request.max_bytes is not None:
         return ByteLimit(request.max_bytes, "set by the user")
     return byte_limit(hardware.sm_family, (layout.attn_tp_size, layout.moe_reduce_size))
+
+
+def _pair_limit(
+    model: FusibleModel, layout: ParallelLayout, hardware: HardwareInfo, request: FusionRequest, backend: str
+) -> PairLimit:
+    if not request.own_kernels:
+        return PairLimit(0, 0, "kernels='plain' was asked for")
+    if backend != "trtllm":
+        return PairLimit(0, 0, f"pair_allreduce goes with the trtllm backend, not with {backend}")
+    if model.itemsize != 2:
+        return PairLimit(0, 0, f"pair_allreduce is for bfloat16, not for elements of {model.itemsize} bytes")
+    sizes = (layout.attn_tp_size, layout.moe_reduce_size)
+    return pair_limit(hardware.sm_family, sizes, request.max_bytes)
 
 
 def _explain(rule: RuleResult) -> str:

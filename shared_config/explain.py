@@ -282,8 +282,18 @@ def print_report(explanation: Explanation, console: Console) -> None:
         console.print(moved)
         console.print()
 
-    limit = f"up to {decision.max_tokens(model.itemsize)} tokens ({decision.max_bytes} bytes) a call"
+    most = decision.pair.max_bytes or decision.max_bytes
+    limit = f"up to {decision.max_tokens(model.itemsize)} tokens ({most} bytes) a call"
     console.print(f"limit: {limit}: {decision.max_bytes_source}", markup=False)
+    pair = decision.pair
+    if pair.max_bytes:
+        above = decision.max_backend_tokens(model.itemsize)
+        console.print(
+            f"pair_allreduce: above {above} tokens ({pair.above} bytes), in place of {decision.backend}, {pair.source}",
+            markup=False,
+        )
+    else:
+        console.print(f"pair_allreduce: not used: {pair.source}", markup=False)
     for warning in decision.warnings:
         console.print(f"warning: {warning}", markup=False, style="yellow")
     verdict = "FUSED" if decision.enabled else "UNFUSED"

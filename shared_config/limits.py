@@ -1,4 +1,5 @@
-"""Up to how many bytes one fused call beats the unfused steps: measured, per GPU family and group size."""
+"""Up to how many bytes one fused call beats the unfused steps, and in which kernel: measured, per GPU family and group
+size."""
 
 from __future__ import annotations
 
@@ -16,6 +17,16 @@ class ByteLimit:
     source: str
 
 
+@dataclass(frozen=True)
+class PairLimit:
+    """Calls of more than `above` and at most `max_bytes` bytes should run in `pair_allreduce`, the project's own kernel
+    for two ranks, and who says so; `max_bytes` 0: none should."""
+
+    above: int
+    max_bytes: int
+    source: str
+
+
 # Keyed by (GPU family, ranks in the group). Add an entry only with its measurement: other projects' limits
 # for the same kernel differ by a factor of 4 to 16, so copying one of them is a guess.
 MEASURED_LIMITS = {
@@ -25,6 +36,14 @@ MEASURED_LIMITS = {
         "is 1.08x faster at 2048 tokens and 0.91x at 4096",
     ),
 }
+
+MEASURED_PAIR_LIMIT = PairLimit(
+    2 * MIB,
+    32 * MIB,
+    "measured on 2x H200 (bench/results/LOG.md): at hidden 2048 in bfloat16 it is 0.96x as fast as FlashInfer's kernel "
+    "at 512 tokens, 1.1x at 1024, 1.3x at 2048, and 1.5x as fast as NCCL and a norm at 8192",
+)
+PAIR_FAMILY, PAIR_SIZE = 90, 2
 
 # The smallest limit in vLLM's FI_ALLREDUCE_FUSION_MAX_SIZE_MB (SM90, eight ranks). Decode batches fit under
 # it, and decode is where fusing gains in every published measurement; long prefill does not always gain.
@@ -46,3 +65,18 @@ def byte_limit(sm_family: int | None, group_sizes: tuple[int, ...]) -> ByteLimit
         if size > 1
     ]
     return min(limits, key=lambda limit: limit.max_bytes, default=UNMEASURED_LIMIT)
+
+
+def pair_limit(sm_family: int | None, group_sizes: tuple[int, ...], max_bytes: int | None) -> PairLimit:
+    """The limit for groups of these sizes; `max_bytes`: what the user says instead of the measured end."""
+    sizes = {size for size in group_sizes if size > 1}
+    if (sm_family, sizes) != (PAIR_FAMILY, {PAIR_SIZE}):
+        return PairLimit(0, 0, f"pair_allreduce is for groups of {PAIR_SIZE} ranks on SM{PAIR_FAMILY}")
+    if max_bytes is None:
+        return MEASURED_PAIR_LIMIT
+    above = MEASURED_PAIR_LIMIT.above
+    if max_bytes <= above:
+        return PairLimit(
+            0, 0, f"pair_allreduce is for more than {above} bytes, and the user's limit is {max_bytes}"
+        )
+    return PairLimit(above, max_bytes, "set by the user")

@@ -74,7 +74,8 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class FusionRequest:
-    """What the user asks for. `max_bytes` replaces the measured limit of one fused call."""
+    """What the user asks for. `max_bytes` replaces the measured limit of one fused call. `own_kernels` allows
+    `pair_allreduce` where it was measured to be faster; FlashInfer's kernel is none of the project's own."""
 
     mode: str = "auto"
     deterministic: bool = False
@@ -82,6 +83,7 @@ class FusionRequest:
     allow_multicast: bool = False
     max_bytes: int | None = None
     moe_a2a_backend: str = "none"
+    own_kernels: bool = True
 
     def __post_init__(self) -> None:
         for name, allowed in (("mode", MODES), ("backend", BACKENDS)):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import Machine, Rates
-from bench.result import SCHEMA_VERSION, ModelRow, ModelSpec, OpRow, OpSpec, Result
+from bench.result import SCHEMA_VERSION, KernelRow, KernelSpec, ModelRow, ModelSpec, OpRow, OpSpec, Result
 from bench.stats import Timing
 from shared_config import HardwareInfo
 from shared_config.presets import PRESETS
@@ -71,7 +71,45 @@ def model_spec(**changes: Any) -> ModelSpec:
     return ModelSpec(**(values | changes))
 
 
-def result(*, op: tuple[OpRow, ...] | None = None, model: tuple[ModelRow, ...] | None = None) -> Result:
+def kernel_row(kernel: str, num_tokens: int, median_us: float | None, **changes: Any) -> KernelRow:
+    """At a quarter of what memory allows; None: it does not run here."""
+    values: dict[str, Any] = {
+        "kernel": kernel,
+        "phase": "decode",
+        "num_tokens": num_tokens,
+        "length": None,
+        "timing": None if median_us is None else timing(median_us),
+        "plain": timing(100.0),
+        "memory_bytes": num_tokens * 1_000_000,
+        "flops": 0.0,
+        "floor_us": 10.0 if median_us is None else median_us / 4,
+        "apart": None if median_us is None else 0.002,
+    }
+    return KernelRow(**(values | changes))
+
+
+def kernel_spec(**changes: Any) -> KernelSpec:
+    values: dict[str, Any] = {
+        "tp": 2,
+        "name": "80b",
+        "hf_config": PRESETS["80b"],
+        "dtype": "bfloat16",
+        "device": "cuda",
+        "batches": (1, 8),
+        "lengths": (1024,),
+        "repeats": 20,
+        "max_step_tokens": 8192,
+        "page_size": 16,
+    }
+    return KernelSpec(**(values | changes))
+
+
+def result(
+    *,
+    op: tuple[OpRow, ...] | None = None,
+    model: tuple[ModelRow, ...] | None = None,
+    kernels: tuple[KernelRow, ...] = (),
+) -> Result:
     """Two GPUs; fused is twice as fast at 8 tokens and slower at 4096."""
     if op is None:
         op = tuple(
@@ -106,6 +144,8 @@ def result(*, op: tuple[OpRow, ...] | None = None, model: tuple[ModelRow, ...] |
         op=op,
         model_spec=model_spec(),
         model=model,
+        kernel_spec=kernel_spec() if kernels else None,
+        kernels=kernels,
     )
 
 

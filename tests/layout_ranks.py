@@ -39,6 +39,7 @@ from shared_config import (
     Qwen3NextConfig,
 )
 from shared_config.generation import Request
+from shared_config.limits import PairLimit
 from shared_config.results import RequestOutput
 from shared_config.sampling import SamplingParams
 from shared_config.settings import EngineSettings
@@ -261,7 +262,19 @@ def start_groups(
 def trade(layout: ParallelLayout) -> dict[str, Any]:
     """What a rank gets from its context-parallel peers, to whom it gives its global rank."""
     decision = FusionDecision(
-        False, "unfused", "", "", (), (), "off", False, 1, "", hidden_size=64, layout=layout
+        False,
+        "unfused",
+        "",
+        "",
+        (),
+        (),
+        "off",
+        False,
+        1,
+        "",
+        PairLimit(0, 0, ""),
+        hidden_size=64,
+        layout=layout,
     )
     device = torch.device("cpu")
     with open_parallel(decision, layout, FlashInferInfo(), device=device, dtype=torch.float32) as parallel:

@@ -51,7 +51,8 @@ def test_yes_for_another_machine(capsys: pytest.CaptureFixture[str], model: str)
     answer = ask(capsys, "--model", model, "--tp", "2", *H100)
     assert answer["enabled"] is True
     assert (answer["backend"], answer["decided_by"], answer["warnings"]) == ("trtllm", "all rules", [])
-    assert (answer["max_bytes"], answer["max_tokens"]) == (8 * 1024 * 1024, 2048)
+    assert (answer["max_bytes"], answer["max_tokens"]) == (8 * 1024 * 1024, 8192)
+    assert answer["pair"]["above"] == 2 * 1024 * 1024
     assert answer["hardware"]["sm"] == 90
     assert answer["groups"]["attn_tp"] == [[0, 1]]
     assert answer["refused"] == ""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from shared_config import FusionDecision, FusionRequest, ParallelLayout, Qwen3NextConfig, resolve_fusion
-from shared_config.limits import MEASURED_LIMITS, MIB, UNMEASURED_LIMIT, byte_limit
+from shared_config.limits import MEASURED_LIMITS, MIB, UNMEASURED_LIMIT, PairLimit, byte_limit
 from tests.fusion_cases import BREAKS, Case
 from tests.test_config import HUB_CONFIG
 
@@ -17,10 +17,50 @@ MEASURED = Case().change(layout={"tp_size": 2})  # 2048 tokens x 2048 hidden x 2
 
 def test_the_measured_limit_is_in_bytes() -> None:
     decision = MEASURED.decide()
+    assert decision.pair.max_bytes == 32 * MIB
+    assert decision.max_tokens(2) == 8192
+    assert decision.max_tokens(4) == 4096
+    assert "measured on 2x H200" in decision.pair.source
+
+
+def test_without_the_kernel_for_long_calls_the_backends_own_limit_holds() -> None:
+    decision = MEASURED.decide().without_pair("no compiler on rank 1")
     assert decision.max_bytes == 8 * MIB
-    assert decision.max_tokens(2) == 2048
-    assert decision.max_tokens(4) == 1024
+    assert decision.max_tokens(2) == decision.max_backend_tokens(2) == 2048
+    assert decision.pair == PairLimit(0, 0, "no compiler on rank 1")
     assert "measured on 2x H200" in decision.max_bytes_source
+    assert not decision.fuses(2049, side="mlp").fuses
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"request": {"own_kernels": False}}, "kernels='plain' was asked for"),
+        ({"request": {"backend": "reference"}}, "goes with the trtllm backend, not with reference"),
+        ({"model": {"itemsize": 4}}, "for bfloat16, not for elements of 4 bytes"),
+        ({"layout": {"tp_size": 4}}, "for groups of 2 ranks on SM90"),
+        ({"layout": {"tp_size": 4, "moe_dp_size": 2}}, "for groups of 2 ranks"),
+        ({"hardware": {"sm": 100}}, "for groups of 2 ranks on SM90"),
+        ({"request": {"max_bytes": 2 * MIB}}, "for more than 2097152 bytes, and the user's limit is 2097152"),
+    ],
+)
+def test_the_kernel_for_long_calls_has_its_own_conditions(change: dict, why: str) -> None:
+    decision = MEASURED.change(**change).decide()
+    assert decision.pair.max_bytes == 0
+    assert why in decision.pair.source
+    assert decision.max_tokens(2) == decision.max_backend_tokens(2) == decision.max_bytes // 4096
+
+
+def test_long_calls_are_for_the_own_kernel() -> None:
+    decision = MEASURED.decide()
+    assert decision.max_backend_tokens(2) == 512
+    assert decision.fuses(8192, side="mlp").fuses
+    refused = decision.fuses(8193, side="mlp")
+    assert not refused.fuses
+    assert "above the limit of 8192 (33554432 bytes)" in refused.reason
+    more = MEASURED.change(request={"max_bytes": 64 * MIB}).decide()
+    assert (more.max_tokens(2), more.max_backend_tokens(2)) == (16384, 512)
+    assert more.pair.source == "set by the user"
 
 
 @pytest.mark.parametrize("change", [{"layout": {"tp_size": 4}}, {"hardware": {"sm": 100}}])
@@ -54,10 +94,10 @@ def test_an_element_has_bytes(itemsize: int) -> None:
         (-1, 2, False),
         (0, 2, False),
         (1, 2, True),
-        (2048, 2, True),
-        (2049, 2, False),
-        (1024, 4, True),
-        (1025, 4, False),
+        (8192, 2, True),
+        (8193, 2, False),
+        (4096, 4, True),
+        (4097, 4, False),
     ],
 )
 def test_a_batch_fuses_within_the_limit(side: str, num_tokens: int, itemsize: int, fuses: bool) -> None:
@@ -167,6 +207,7 @@ def test_ranks_that_agree_have_one_digest() -> None:
         {"layout": {"ep_size": 2}},
         {"model": {"hidden_size": 4096}},
         {"request": {"mode": "on"}},
+        {"request": {"own_kernels": False}},
     ],
 )
 def test_ranks_that_disagree_have_different_digests(change: dict) -> None:

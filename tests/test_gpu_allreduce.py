@@ -19,12 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core_torch.kernels import flashinfer_api
+from core_torch.kernels.add_norm import add_norm
 from core_torch.kernels.allreduce import ReduceGroup, allreduce_residual_rmsnorm
 from core_torch.kernels.buffers import FlashInferBuffers
 from core_torch.kernels.comm import CommBackend, GlooComm
 from core_torch.kernels.contract import add_rmsnorm, sum_in_rank_order
 from core_torch.kernels.flashinfer_api import buffer_bytes
 from core_torch.kernels.norm import rms_norm_reference
+from core_torch.kernels.pair_allreduce import pair_bytes
 from core_torch.kernels.startup import start_fusion
 from core_torch.kernels.workspace import Workspace
 from shared_config import (
@@ -221,7 +223,7 @@ def two_shot(hidden_size: int) -> dict[str, Any]:
     """FlashInfer takes two-shot for larger groups only; here it is asked for."""
     findings, prints = _Findings(), []
     with (
-        _opened(hidden_size, torch.bfloat16, 2048) as workspace,
+        _opened(hidden_size, torch.bfloat16, 2048, own_kernels=False) as workspace,
         mock.patch.object(flashinfer_api, "use_oneshot", return_value=False),
     ):
         for num_tokens in (3, 67, 500, 2048):
@@ -238,11 +240,88 @@ def test_two_shot_agrees_too(pool: RankPool):
         assert result == {"wrong": {}, "prints": results[0]["prints"]}
 
 
+def long_calls(hidden_size: int) -> dict[str, Any]:
+    """The kernel for long messages of two ranks beside FlashInfer's: eager and in graphs, in place, in turns.
+
+    Its bits are those of NCCL's sum with `add_norm` after it.
+    """
+    rank, findings, prints, equal = dist.get_rank(), _Findings(), [], []
+    decision, workspace = _open(hidden_size, torch.bfloat16, 8192)
+    assert workspace is not None
+    assert decision.pair.max_bytes, decision.pair.source
+    first = decision.max_backend_tokens(2) + 1
+    with workspace:
+        for num_tokens in (first, 1, 3001, first + 1, first + 2, 8191, first - 1, 8192, 4097):
+            data = _data(num_tokens, hidden_size, torch.bfloat16, num_tokens)
+            parts, residual, weight = data
+            outputs = workspace.run(parts[rank], residual, weight, EPS, 1.0)
+            findings.compare(f"long T={num_tokens} eager", outputs, data, 1.0)
+            prints.append(_fingerprint(outputs))
+            if num_tokens >= first:
+                total = parts[rank].clone()
+                dist.all_reduce(total)
+                want = add_norm(total, residual, weight, EPS, 1.0)
+                equal += [torch.equal(one, other) for one, other in zip(outputs, want, strict=True)]
+
+            stream, normed = residual.clone(), torch.empty_like(residual)
+            graph = _capture(
+                functools.partial(workspace.run, parts[rank], stream, weight, EPS, 1.0, stream, normed)
+            )
+            stream.copy_(residual)
+            graph.replay()
+            findings.compare(f"long T={num_tokens} graph, in place", (stream, normed), data, 1.0)
+            prints.append(_fingerprint((stream, normed)))
+        return {"wrong": findings.report(), "prints": torch.stack(prints).tolist(), "equal": equal}
+
+
+@pytest.mark.parametrize("hidden_size", [2048, 264, 1000, 5120, 8192])
+def test_long_calls_of_two_ranks(pool: RankPool, world_size: int, hidden_size: int):
+    if world_size != 2:
+        pytest.skip("pair_allreduce is for two ranks")
+    results = pool.run(long_calls, hidden_size, timeout=120)
+    for result in results:
+        assert result["wrong"] == {}
+        assert result["prints"] == results[0]["prints"], "ranks differ in their bits"
+        assert all(result["equal"])
+
+
+def raw_sum() -> list[bool]:
+    """What JAX's plain all-reduce calls: one function for both kernels, by the number of tokens."""
+    rank, equal = dist.get_rank(), []
+    with _opened(2048, torch.bfloat16, 2048) as workspace:
+        kernel = workspace.raw()
+        for num_tokens in (5, 512, 513, 2048, 7):
+            parts, _, _ = _data(num_tokens, 2048, torch.bfloat16, num_tokens)
+            total = torch.empty_like(parts[rank])
+            kernel.function(
+                parts[rank],
+                kernel.world_size,
+                kernel.rank,
+                num_tokens,
+                2048,
+                kernel.workspace_ptrs,
+                True,  # launch_with_pdl
+                True,  # use_oneshot
+                True,  # trigger_completion_at_end
+                True,  # fp32_acc
+                0,  # kAllReduce
+                total,
+                *[None] * 11,
+            )
+            equal.append(torch.equal(total, sum_in_rank_order(torch.stack(parts))))
+    return equal
+
+
+def test_plain_sums_of_any_length(pool: RankPool):
+    for equal in pool.run(raw_sum):
+        assert equal == [True] * 5
+
+
 def replay(replays: int, calls: int) -> dict[str, int]:
     """Graphs of a chain of calls, replayed: elements that ever differ from the first replay's."""
     rank, different = dist.get_rank(), {}
     with _opened(2048, torch.bfloat16, 2048) as workspace:
-        for num_tokens in (1, 8, 67, 512):
+        for num_tokens in (1, 8, 67, 512, 1000):
             parts, residual, weight = _data(num_tokens, 2048, torch.bfloat16, num_tokens)
             outputs = (torch.empty_like(residual), torch.empty_like(residual))
 
@@ -271,7 +350,7 @@ def replay(replays: int, calls: int) -> dict[str, int]:
 
 def test_a_thousand_replays_do_not_drift(pool: RankPool):
     for different in pool.run(replay, 1000, 8, timeout=120):
-        assert different == {"T=1": 0, "T=8": 0, "T=67": 0, "T=512": 0}
+        assert different == {"T=1": 0, "T=8": 0, "T=67": 0, "T=512": 0, "T=1000": 0}
 
 
 def _free_bytes() -> int:
@@ -280,15 +359,20 @@ def _free_bytes() -> int:
     return torch.cuda.mem_get_info()[0]
 
 
-def memory(cycles: int) -> dict[str, Any]:
+def memory(cycles: int, own_kernels: bool) -> dict[str, Any]:
     """Free bytes of the device before a workspace, with it, and after it is closed, `cycles` times."""
-    size = (7168, torch.bfloat16, 2048)
+    world_size, size = dist.get_world_size(), (7168, torch.bfloat16, 2048)
+    decision, needed = _decide(*size, own_kernels=own_kernels), 0
+    if decision.pair.max_bytes:
+        needed = pair_bytes(2048, 7168)
+    most = decision.max_backend_tokens(2)
+    needed += sum(buffer_bytes(world_size, most, 7168, torch.bfloat16))
     seen = []
     for cycle in range(cycles + 1):  # the first loads kernels, which stay
         dist.barrier()
         before = _free_bytes()
         dist.barrier()
-        workspace = _opened(*size)
+        workspace = _opened(*size, own_kernels=own_kernels)
         parts, residual, weight = _data(2048, 7168, torch.bfloat16, cycle)
         workspace.run(parts[dist.get_rank()], residual, weight, EPS, 1.0)
         del parts, residual, weight
@@ -298,11 +382,12 @@ def memory(cycles: int) -> dict[str, Any]:
         workspace.close()
         dist.barrier()
         seen.append((before, during, _free_bytes()))
-    return {"seen": seen[1:], "needed": sum(buffer_bytes(dist.get_world_size(), 2048, 7168, torch.bfloat16))}
+    return {"seen": seen[1:], "needed": needed}
 
 
-def test_closing_gives_the_memory_back(pool: RankPool):
-    for result in pool.run(memory, 4):
+@pytest.mark.parametrize("own_kernels", [True, False])
+def test_closing_gives_the_memory_back(pool: RankPool, own_kernels: bool):
+    for result in pool.run(memory, 4, own_kernels):
         for before, during, after in result["seen"]:
             assert before - during >= result["needed"]
             assert abs(before - after) <= SLACK_BYTES
@@ -493,7 +578,7 @@ def test_a_rows_sum_has_the_same_bits_in_every_batch(pool: RankPool, world_size:
 @pytest.mark.filterwarnings("ignore:use the unified API:DeprecationWarning")
 def test_ranks_may_be_threads_of_one_process(world_size: int):
     """One thread per GPU, a thread barrier instead of gloo: how another framework opens workspaces."""
-    decision = _decide(2048, torch.bfloat16, 67, world_size)
+    decision = _decide(2048, torch.bfloat16, 1000, world_size)
 
     def main(comm: ThreadComm) -> list[list[Tensor]]:
         device = torch.device("cuda", comm.rank)
@@ -505,7 +590,7 @@ def test_ranks_may_be_threads_of_one_process(world_size: int):
         assert workspace is not None
         outputs = []
         with workspace:
-            for num_tokens in (1, 67, 3):
+            for num_tokens in (1, 1000, 67, 3):
                 generator = torch.Generator().manual_seed(num_tokens)
                 *parts, shared = torch.randn(world_size + 1, num_tokens, 2048, generator=generator).bfloat16()
                 weight = torch.zeros(2048, dtype=torch.bfloat16, device=device)

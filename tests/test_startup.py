@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -19,12 +20,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from core_torch.kernels import buffers, selftest
+from core_torch.kernels import buffers, native, selftest, startup
 from core_torch.kernels.buffers import FlashInferBuffers, ReferenceBuffers
 from core_torch.kernels.comm import GlooComm, SingleComm
+from core_torch.kernels.contract import add_rmsnorm, sum_in_rank_order
 from core_torch.kernels.startup import start_fusion
 from core_torch.kernels.votes import FatalStepError
 from shared_config import FlashInferInfo, FusionDecision, FusionError, FusionWarning, probe_flashinfer
+from shared_config.limits import PairLimit
 from tests.fusion_ranks import HIDDEN, FakeFlashInfer, ThreadComm, decide, on_threads
 from tests.ranks import RankError, RankPool
 
@@ -212,10 +215,86 @@ def test_fusion_on_makes_the_same_failure_an_error_on_all_ranks(
         assert not outcome.decision.enabled
 
 
+def test_without_the_kernel_for_long_calls_all_ranks_go_on_alike(
+    fake: FakeFlashInfer, monkeypatch: pytest.MonkeyPatch
+):
+    """Rank 1 cannot have it; then none uses it, all know why, and FlashInfer's kernel takes all that fuses."""
+
+    def check(**_shapes: Any) -> native.Answer:
+        return native.Answer(threading.current_thread().name != "rank 1", "no compiler")
+
+    monkeypatch.setattr(startup, "check_pair_allreduce", check)
+    for decision, workspace in start_on_threads(fake, mode="on", max_bytes=64 << 20):
+        assert decision.enabled
+        assert decision.pair.max_bytes == 0
+        assert decision.pair.source == "choosing pair_allreduce failed on rank 1 (no compiler)"
+        assert workspace.max_tokens == decision.max_tokens(2) == decision.max_backend_tokens(2)
+
+
+class FakePair:
+    """Stands in for PairMemory: takes note, and answers as FlashInfer's stand-in does."""
+
+    def __init__(self, comm: Any, *, max_tokens: int, hidden_size: int, device: torch.device) -> None:
+        del hidden_size, device
+        self.comm, self.max_tokens, self.calls, self.closed = comm, max_tokens, [], False
+        made_pairs.append(self)
+
+    def run(
+        self,
+        partial: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        weight_bias: float,
+        out_residual: torch.Tensor,
+        out_normed: torch.Tensor,
+    ) -> None:
+        self.calls.append(len(partial))
+        parts = torch.stack(self.comm.allgather(partial.clone()))
+        outputs = add_rmsnorm(sum_in_rank_order(parts), residual, weight, eps, weight_bias)
+        out_residual.copy_(outputs[0])
+        out_normed.copy_(outputs[1])
+
+    def destroy(self) -> None:
+        self.closed = True
+
+
+made_pairs: list[FakePair] = []
+
+
+def test_long_calls_run_in_their_own_kernel_which_is_tested_first(
+    fake: FakeFlashInfer, monkeypatch: pytest.MonkeyPatch
+):
+    made_pairs.clear()
+    monkeypatch.setattr(startup, "check_pair_allreduce", lambda **_: native.Answer(True))
+    monkeypatch.setattr(buffers, "PairMemory", FakePair)
+    monkeypatch.setattr(native, "load", lambda *_: None)
+    limit = PairLimit(100 * HIDDEN * 2, 150 * HIDDEN * 2, "for a test")
+    same = replace(decide(2, flashinfer=info(fake), backend="auto"), pair=limit)
+
+    def use(workspace: Any) -> None:
+        for count in (100, 101, 7):
+            rows = torch.zeros(count, HIDDEN, dtype=torch.bfloat16)
+            workspace.run(rows, rows, rows[0], 1e-6, 1.0)
+
+    started = start_on_threads(fake, decision=lambda _: same)
+    assert [pair.max_tokens for pair in made_pairs] == [150, 150]
+    assert [pair.calls for pair in made_pairs] == [[150], [150]], "the self-test has its largest batch"
+    assert fake.created[-1]["max_token_num"] == 100
+    fake.calls.clear()
+    results = on_threads(2, lambda comm: use(started[comm.rank][1]))
+    assert not any(results), results
+    assert [pair.calls for pair in made_pairs] == [[150, 101], [150, 101]]
+    assert sorted(call["input"].shape[0] for call in fake.calls) == [7, 7, 100, 100]
+    for _, workspace in started:
+        workspace.close()
+    assert all(pair.closed for pair in made_pairs)
+
+
 def test_a_stuck_gpu_is_an_error_even_when_fusion_is_only_automatic(
     fake: FakeFlashInfer, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(selftest, "token_counts", lambda max_tokens: [max_tokens])
+    monkeypatch.setattr(selftest, "token_counts", lambda max_tokens, most_tokens: [max_tokens])
     monkeypatch.setattr(selftest, "_wait", fail_on(1, lambda _device: None, FatalStepError("no answer")))
     for outcome in start_on_threads(fake):
         assert isinstance(outcome, FusionError)

@@ -454,7 +454,12 @@ def answer(case: selftest.Case, world_size: int, ranks: list[int]) -> None:
 
 def cases(world_size: int, dtype: torch.dtype, max_tokens: int = 67) -> list[selftest.Case]:
     return selftest.prepare(
-        world_size=world_size, rank=0, hidden_size=1024, dtype=dtype, device=CPU, max_tokens=max_tokens
+        world_size=world_size,
+        rank=0,
+        hidden_size=1024,
+        dtype=dtype,
+        device=CPU,
+        token_counts=selftest.token_counts(max_tokens, max_tokens),
     )
 
 
@@ -486,6 +491,7 @@ def test_the_self_test_finds_another_ranks_data_and_single_elements(dtype: torch
 
 
 def test_the_self_test_covers_one_odd_and_full_batches():
-    assert selftest.token_counts(2048) == [1, 3, 64, 2048, 1]
-    assert selftest.token_counts(2) == [1, 2, 1]
-    assert selftest.token_counts(1) == [1, 1, 1]
+    assert selftest.token_counts(2048, 2048) == [1, 3, 64, 2048, 1]
+    assert selftest.token_counts(8192, 512) == [1, 3, 64, 512, 8192, 1]  # each kernel's largest
+    assert selftest.token_counts(2, 512) == [1, 2, 1]
+    assert selftest.token_counts(1, 512) == [1, 1]

@@ -22,6 +22,7 @@ from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.contract import add_rmsnorm, check_operands, sum_in_rank_order
 from core_torch.kernels.counts import ReductionCounts
 from core_torch.kernels.native import Answer
+from core_torch.kernels.pair_allreduce import pair_answer
 
 if TYPE_CHECKING:
     from core_torch.kernels.comm import CommBackend
@@ -72,7 +73,7 @@ class ReduceGroup:
 
     def choose_kernels(self, options: KernelOptions) -> Answers:
         self.compiled = options.ask("add_norm", check_add_norm, hidden_size=self.decision.hidden_size)
-        return {"add_norm": self.compiled}
+        return {"add_norm": self.compiled, "pair_allreduce": pair_answer(self.decision)}
 
     def fuses(self, num_tokens: int, itemsize: int) -> BatchAnswer:
         """Whether a batch of `num_tokens` is fused, and why not. Remembered: a model asks twice per layer."""

@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from core_torch.kernels import native
 from core_torch.kernels.comm import CommBackend
 from core_torch.kernels.contract import add_rmsnorm, fold_weight, sum_in_rank_order
 from core_torch.kernels.flashinfer_api import FlashInferApi, RawKernel, buffer_bytes, try_allocation
+from core_torch.kernels.pair_allreduce import PairMemory, pair_bytes
 
 
 class Buffers(Protocol):
@@ -101,7 +103,11 @@ class ReferenceBuffers:
 
 
 class FlashInferBuffers:
-    """A FlashInfer workspace, `trtllm` or `mnnvl`, on one GPU (on the CPU with a stand-in for FlashInfer)."""
+    """A FlashInfer workspace, `trtllm` or `mnnvl`, on one GPU (on the CPU with a stand-in for FlashInfer).
+
+    It takes up to `most_tokens`, where that is given; calls of more are the project's own kernel's, with memory of its
+    own.
+    """
 
     def __init__(
         self,
@@ -113,8 +119,10 @@ class FlashInferBuffers:
         dtype: torch.dtype,
         device: torch.device,
         group: dist.ProcessGroup | None,
+        most_tokens: int | None = None,
     ) -> None:
         self._api = api
+        self._most_tokens = most_tokens
         self._backend = backend
         self._world_size = world_size
         self._hidden_size = hidden_size
@@ -122,14 +130,20 @@ class FlashInferBuffers:
         self._device = device
         self._group = group
         self._workspace: Any = None
+        self._pair: PairMemory | None = None
         # By address and bias. The weight is kept too, so that its address cannot come to mean another one.
         self._folded: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
 
     def probe(self, max_tokens: int) -> None:
-        sizes = buffer_bytes(self._world_size, max_tokens, self._hidden_size, self._dtype)
+        most = self._share(max_tokens)
+        sizes = buffer_bytes(self._world_size, most, self._hidden_size, self._dtype)
+        if max_tokens > most:
+            sizes = (*sizes, pair_bytes(max_tokens, self._hidden_size))
         with _current(self._device):
             if self._backend == "trtllm":
                 self._api.kernel()
+            if max_tokens > most:
+                native.load("pair_allreduce", self._device)
             torch.cuda.empty_cache()
             try_allocation(sizes, self._device.index)
 
@@ -140,9 +154,13 @@ class FlashInferBuffers:
                 comm,
                 hidden_size=self._hidden_size,
                 dtype=self._dtype,
-                max_tokens=max_tokens,
+                max_tokens=self._share(max_tokens),
                 group=self._group,
             )
+            if max_tokens > self._share(max_tokens):
+                self._pair = PairMemory(
+                    comm, max_tokens=max_tokens, hidden_size=self._hidden_size, device=self._device
+                )
 
     def run(
         self,
@@ -155,6 +173,9 @@ class FlashInferBuffers:
         out_normed: Tensor,
         trigger_completion_at_end: bool = True,
     ) -> None:
+        if self._pair is not None and partial.shape[0] > self._share(partial.shape[0]):
+            self._pair.run(partial, residual, weight, eps, weight_bias, out_residual, out_normed)
+            return
         if weight_bias != 0.0 and not self._api.takes_weight_bias:
             weight, weight_bias = self._fold(weight, weight_bias), 0.0
         self._api.run(
@@ -172,9 +193,10 @@ class FlashInferBuffers:
     def raw(self) -> RawKernel:
         if self._backend != "trtllm":
             raise ValueError(f"only the trtllm backend has a raw kernel, this is {self._backend!r}")
-        return RawKernel(
-            self._api.kernel(), self._workspace.workspace_tensor, self._world_size, self._workspace.rank
-        )
+        kernel = self._api.kernel()
+        if self._pair is not None:
+            kernel = self._pair.beside(kernel, self._share(self._pair.max_tokens))
+        return RawKernel(kernel, self._workspace.workspace_tensor, self._world_size, self._workspace.rank)
 
     def destroy(self) -> None:
         self._folded.clear()
@@ -186,7 +208,14 @@ class FlashInferBuffers:
                 torch.cuda.synchronize()
             self._api.destroy_workspace(self._workspace)
             self._workspace = None
+            if self._pair is not None:
+                self._pair.destroy()
+                self._pair = None
             torch.cuda.empty_cache()
+
+    def _share(self, num_tokens: int) -> int:
+        """As many of them as a call of FlashInfer's kernel may have."""
+        return num_tokens if self._most_tokens is None else min(num_tokens, self._most_tokens)
 
     def _fold(self, weight: Tensor, weight_bias: float) -> Tensor:
         """`fold_weight`, once per weight: weights are constants after loading."""

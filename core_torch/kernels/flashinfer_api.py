@@ -104,6 +104,33 @@ def try_allocation(sizes: tuple[int, ...], device_index: int) -> None:
             driver.cuMemRelease(handle)
 
 
+class SymmetricMemory:
+    """Memory of each rank of a group that all of them reach, zeros at first. `addresses`: by rank, for this one's GPU.
+
+    Collective over `comm`. Never multicast.
+    """
+
+    def __init__(self, size: int, comm: CommBackend, device: torch.device) -> None:
+        driver = importlib.import_module("cuda.bindings.driver")
+        self._memory = importlib.import_module("flashinfer.comm.mnnvl").SymmDeviceMemory(
+            buf_size=size,
+            group_size=comm.Get_size(),
+            group_rank=comm.Get_rank(),
+            device_idx=device.index,
+            comm_backend_for_handle_transfer=comm,
+            enable_multicast=False,
+            allocate_signal_pads=False,
+        )
+        self.addresses = [int(pointer) for pointer in self._memory.get_buffer_ptrs_host()]
+        (status,) = driver.cuMemsetD8(self.addresses[comm.Get_rank()], 0, size)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"writing zeros to memory that peers reach failed with {status.name}")
+
+    def destroy(self) -> None:
+        """Gives it back; peers keep their own mappings."""
+        self._memory = None
+
+
 class FlashInferApi:
     """The calls of one FlashInfer version. `comm_module` is `flashinfer.comm`, or a stand-in for it in tests.
 

@@ -37,6 +37,7 @@ MODULES = (
     "moe_decode",
     "norm_rope",
     "paged_decode",
+    "pair_allreduce",
     "vocabulary",
 )
 PREBUILT_VARIABLE, CACHE_VARIABLE = "CROSSFUSE_PREBUILT_DIR", "CROSSFUSE_CACHE_DIR"

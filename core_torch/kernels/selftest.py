@@ -38,17 +38,25 @@ class Case:
     out_normed: Tensor
 
 
-def token_counts(max_tokens: int) -> list[int]:
-    """Odd, small and full batches; a single token again after the full one, when its data must be gone."""
-    return [tokens for tokens in (1, 3, 64, max_tokens, 1) if tokens <= max_tokens]
+def token_counts(max_tokens: int, most_tokens: int) -> list[int]:
+    """Odd, small and full batches of each kernel, of which one takes up to `most_tokens`; a single token again after
+    the full ones, when their data must be gone."""
+    counts = sorted({1, 3, 64, min(max_tokens, most_tokens), max_tokens})
+    return [tokens for tokens in counts if tokens <= max_tokens] + [1]
 
 
 def prepare(
-    *, world_size: int, rank: int, hidden_size: int, dtype: torch.dtype, device: torch.device, max_tokens: int
+    *,
+    world_size: int,
+    rank: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    token_counts: list[int],
 ) -> list[Case]:
     """Everything that could fail on one rank alone, so that afterwards all ranks launch or none does."""
     cases = []
-    for index, tokens in enumerate(token_counts(max_tokens)):
+    for index, tokens in enumerate(token_counts):
         shape = (tokens, hidden_size)
         poisoned = torch.full(shape, torch.nan, dtype=dtype, device=device)
         cases.append(

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from core_torch.kernels.buffers import Buffers
 from core_torch.kernels.comm import CommBackend
+from core_torch.kernels.pair_allreduce import check_pair_allreduce
 from core_torch.kernels.votes import Vote, vote
 from core_torch.kernels.workspace import Workspace, WorkspaceError, open_workspace, refuse_capture
 from shared_config import FlashInferInfo, FusionDecision, FusionError, FusionWarning
@@ -32,6 +33,7 @@ def start_fusion(
 
     The ranks compare their decisions (sizes depend on them), make and test the workspace with a vote after
     each step (`open_workspace`), and compare rank 0's digest once more with what they are about to act on.
+    Where one of them cannot have the project's own kernel for long messages, none uses it (`decision.pair`).
     Any no turns fusion off on all ranks, with the rank and the reason in the decision and in one
     FusionWarning on rank 0. The decision that comes back is the memory of it: with that one nothing is
     tried again.
@@ -54,6 +56,11 @@ def start_fusion(
         return decision, None
     if hidden_size != decision.hidden_size:
         raise ValueError(f"hidden_size is {hidden_size}, but the decision is for {decision.hidden_size}")
+    if decision.pair.max_bytes:
+        answer = check_pair_allreduce(hidden_size=hidden_size, dtype=dtype, device=device)
+        usable = vote(voters, answer.usable, "choosing pair_allreduce", answer.reason)
+        if not usable.passed:
+            decision = decision.without_pair(usable.reason)
     limit = decision.max_tokens(dtype.itemsize)
     limit = limit if max_tokens is None else min(limit, max_tokens)
     if limit < 1:

@@ -55,6 +55,7 @@ class Workspace:
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        most_tokens: int | None = None,
     ) -> None:
         self.backend = backend
         self.world_size = comm.Get_size()
@@ -67,6 +68,7 @@ class Workspace:
         # asks (cudaGridDependencySynchronize); kernels launched without PDL always do.
         self.max_early_tokens = 0
         self.closed = False
+        self._most_tokens = most_tokens  # of the backend's own kernel, where it does not take all
         self._make_buffers = make_buffers
         self._comm = comm
         self._all_ranks = all_ranks
@@ -192,7 +194,7 @@ class Workspace:
                 hidden_size=self.hidden_size,
                 dtype=self.dtype,
                 device=self.device,
-                max_tokens=max_tokens,
+                token_counts=selftest.token_counts(max_tokens, self._most_tokens or max_tokens),
             )
         )
         self._agree("preparing the self-test", prepared, buffers)
@@ -245,6 +247,7 @@ def open_workspace(
     if decision.backend == "reference" and device_group is None and make_buffers is None:
         raise ValueError("the reference backend needs device_group, got None")
     world_size = comm.Get_size()
+    most_tokens = decision.max_backend_tokens(dtype.itemsize) if decision.pair.max_bytes else None
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -259,6 +262,7 @@ def open_workspace(
                 dtype=dtype,
                 device=device,
                 group=device_group,
+                most_tokens=most_tokens,
             )
         assert device_group is not None
         return ReferenceBuffers(
@@ -273,6 +277,7 @@ def open_workspace(
         hidden_size=hidden_size,
         dtype=dtype,
         device=device,
+        most_tokens=most_tokens,
     )
     workspace.ensure(max_tokens)
     if device.type == "cuda":
