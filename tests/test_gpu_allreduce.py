@@ -433,7 +433,7 @@ def start_and_fail(fault: str) -> dict[str, Any]:
 def test_a_rank_that_cannot_turns_fusion_off_on_all_and_keeps_no_memory(
     pool: RankPool, fault: str, reason: str
 ):
-    pool.run(memory, 0)  # kernels are loaded, so only a workspace could be missing afterwards
+    pool.run(memory, 0, True)  # kernels are loaded, so only a workspace could be missing afterwards
     results = pool.run(start_and_fail, fault)
     for rank, result in enumerate(results):
         assert not result["workspace"]
