@@ -28,7 +28,7 @@ from core_torch.kernels.flash_prefill import (
     lay_out,
 )
 from core_torch.kernels.gdn_prefill import check_gdn_prefill, cut_into_chunks
-from core_torch.kernels.moe_prefill import Tile, Tiles, check_moe_prefill, choose_tiles
+from core_torch.kernels.moe_prefill import Tile, Tiles, check_moe_prefill, choose_tiles, down_launch
 from core_torch.kernels.native import Answer
 from core_torch.kernels.triton_kernels import Launch, launch
 from core_torch.prebuild import prefill_kernels
@@ -165,7 +165,12 @@ def test_other_shapes_are_refused_with_the_number(
 
 
 def test_tiles_grow_with_the_tokens_of_an_expert() -> None:
-    assert [choose_tiles(n).tokens for n in (1, 48, 49, 104, 105, 1000)] == [64, 64, 128, 128, 192, 192]
+    assert [choose_tiles(n, 256).tokens for n in (1, 48, 49, 104, 105, 1000)] == [64, 64, 128, 128, 192, 192]
+    assert [choose_tiles(n, 256).down.whole for n in (104, 105)] == [False, True]
+    wide = choose_tiles(105, 512).down
+    assert not wide.whole
+    with pytest.raises(ValueError, match="holds 512 values of a row"):
+        down_launch(10, 2048, 512, replace(wide, whole=True))
     with pytest.raises(ValueError, match="tiles of as many tokens"):
         Tiles(Tile(64, 3, 256, 64, 8, 3), Tile(64, 2, 128, 64, 4, 2))
 

@@ -16,6 +16,10 @@ from core_torch.kernels.native import Answer, first_failure
 from core_torch.kernels.triton_kernels import Launch, check_triton, launch
 
 MAX_EXPERTS, MAX_CHOICES = 1024, 32
+MAX_WHOLE = (
+    256  # values of a row of `hidden` up to which `down` holds three times 64 rows: 96 KiB of shared memory
+)
+MIN_BLOCK = 16  # of the inner dim of a product on tensor cores
 CHUNK = 1024  # pairs that one program of the sort takes (jit/moe_prefill.py: LANE_BITS)
 BLOCK_CHUNKS, BLOCK_TILES, ROUTE_ROWS = 16, 16, 4
 for_all_layers = lru_cache(maxsize=256)  # of a pass, and for passes of a length that comes again
@@ -31,6 +35,7 @@ class Tile:
     block: int  # of the inner dim
     warps: int
     stages: int
+    whole: bool = False  # of `down`: a program holds its rows whole and does all columns, `cols` at a time
 
 
 @dataclass(frozen=True)
@@ -49,16 +54,18 @@ class Tiles:
         return self.down.rows * self.down.parts
 
 
-def choose_tiles(tokens_per_expert: float) -> Tiles:
+def choose_tiles(tokens_per_expert: float, intermediate_size: int) -> Tiles:
     """The fewest parts of 64 tokens that most experts fit into: an expert's weights then leave memory and L2 once."""
     parts = 1 if tokens_per_expert <= 48 else 2 if tokens_per_expert <= 104 else 3
-    return Tiles(
-        gate_up=Tile(rows=64, parts=parts, cols=256, block=64, warps=8, stages=4),
-        down=Tile(rows=64, parts=parts, cols=128, block=64, warps=4, stages=2),
-    )
+    down = Tile(rows=64, parts=parts, cols=128, block=64, warps=4, stages=2)
+    if parts == 3 and intermediate_size <= MAX_WHOLE:
+        block = max(_power_of_two(intermediate_size), MIN_BLOCK)
+        down = Tile(rows=64, parts=parts, cols=64, block=block, warps=4, stages=3, whole=True)
+    return Tiles(Tile(rows=64, parts=parts, cols=256, block=64, warps=8, stages=4), down)
 
 
-EVERY_CHOICE = tuple(choose_tiles(tokens) for tokens in (48, 104, 105))
+def every_choice(intermediate_size: int) -> list[Tiles]:
+    return [choose_tiles(tokens, intermediate_size) for tokens in (48, 104, 105)]
 
 
 def check_moe_prefill(
@@ -197,7 +204,12 @@ def down_product(hidden: Tensor, group: Grouping, down: Tensor, weights: Tensor,
 @for_all_layers
 def down_launch(num_tiles: int, hidden_size: int, intermediate_size: int, tile: Tile) -> Launch:
     sizes = {"D": hidden_size, "I": intermediate_size, **_tile_sizes(tile), "BLOCK_I": tile.block}
-    grid = num_tiles * -(-hidden_size // tile.cols), 1
+    sizes["WHOLE"] = tile.whole
+    if tile.whole and intermediate_size > tile.block:
+        raise ValueError(
+            f"a tile that holds {intermediate_size} values of a row needs as large a block, got {tile}"
+        )
+    grid = num_tiles * (1 if tile.whole else -(-hidden_size // tile.cols)), 1
     return Launch("moe_prefill", "down", grid, sizes, tile.warps, tile.stages)
 
 
@@ -230,7 +242,7 @@ def routed_experts_prefill(
     mean number of tokens an expert) change the time, and in theory the last bit.
     """
     K, N = experts.shape[1], len(down)
-    tiles = tiles or choose_tiles(experts.numel() / N)
+    tiles = tiles or choose_tiles(experts.numel() / N, down.shape[2])
     group = group_by_expert(experts, num_experts=N, tile_tokens=tiles.tokens)
     hidden = gate_up_product(x, group, gate_up, top_k=K, tile=tiles.gate_up)
     return combine(down_product(hidden, group, down, weights, tile=tiles.down), experts, num_experts=N)

@@ -14,8 +14,8 @@ from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.moe import route, routed_experts, swiglu
 from core_torch.kernels.moe_decode import MAX_TOKENS, check_moe_decode, route_decode, routed_experts_decode
 from core_torch.kernels.moe_prefill import (
-    EVERY_CHOICE,
     check_moe_prefill,
+    every_choice,
     route_prefill,
     routed_experts_prefill,
 )
@@ -170,7 +170,7 @@ class SparseMoE(nn.Module):
         logits = self._logits(x)
         chosen = route_prefill(logits, num_experts=N, top_k=self.top_k, normalize=self.normalize)
         own = self.experts.with_shared or (self.experts.gate_up_proj, self.experts.down_proj)
-        for tiles in EVERY_CHOICE:
+        for tiles in every_choice(own[1].shape[2]):
             routed_experts_prefill(x, *chosen, *own, tiles=tiles)
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ def routed_experts_prefill(
 ) -> Float[Array, "T D"]:
     """`moe.routed_experts` in six kernels; an id outside 0..N-1 stands for no expert."""
     (T, K), (N, D, I) = experts.shape, down.shape  # noqa: E741
-    tiles = choose_tiles(T * K / N)
+    tiles = choose_tiles(T * K / N, I)
     sort = sorting(T * K, N, tiles.tokens)
     table = _int32(sort.chunks, sort.bins)
     (counts,) = launch(sort.count, device, experts, table, scalars=(T * K,))

@@ -291,6 +291,49 @@ def _down_rows(
 
 
 @triton.jit
+def _down_whole_rows(
+    hidden,
+    order,
+    weights,
+    scales,
+    parts,
+    start,
+    size,
+    D: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """All columns, one block after the other: the rows stay where they are, and the next weights are on their way while
+    a block's results are written."""
+    k = tl.arange(0, BLOCK_I)
+    inner = k < I
+    a = ()
+    scale = ()
+    live = ()
+    at = ()
+    for part in tl.static_range(PARTS):
+        row = part * ROWS + tl.arange(0, ROWS)
+        kept = row < size
+        rows = _rows(hidden, start + row, I, kept) + k[None, :]
+        a += (tl.load(rows, mask=kept[:, None] & inner[None, :], other=0.0),)
+        pair = tl.load(order + start + row, mask=kept, other=0)
+        scale += (tl.load(scales + pair, mask=kept, other=0.0).to(tl.float32)[:, None],)
+        live += (kept[:, None],)
+        at += (parts + pair.to(tl.int64)[:, None] * D,)
+    for column in range(0, D, COLS):
+        out = column + tl.arange(0, COLS)
+        inside = (out < D)[None, :]
+        b = weights + tl.where(out < D, out, 0)[None, :] * I + k[:, None]
+        w = tl.load(b, mask=inside & inner[:, None], other=0.0)
+        for part in tl.static_range(PARTS):
+            value = tl.dot(a[part], w) * scale[part]
+            tl.store(at[part] + out[None, :], value.to(tl.bfloat16), mask=live[part] & inside)
+
+
+@triton.jit
 def down(
     hidden,
     order,
@@ -304,9 +347,12 @@ def down(
     PARTS: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """parts [P, D] = scale * hidden down^T, each row at its pair's own place; weights [N, D, I], scales [P]."""
-    blocks = tl.cdiv(D, COLS)
+    """parts [P, D] = scale * hidden down^T, each row at its pair's own place; weights [N, D, I], scales [P].
+
+    With WHOLE (I <= BLOCK_I) a program does all columns of its tile, otherwise COLS of them."""
+    blocks = 1 if WHOLE else tl.cdiv(D, COLS)
     tile = tl.program_id(0) // blocks
     column = tl.program_id(0) % blocks * COLS
     expert = tl.load(tiles + tile * 4)
@@ -316,22 +362,27 @@ def down(
     weights += expert.to(tl.int64) * (D * I)
     for part in tl.static_range(PARTS):
         if (size > part * ROWS) & ((size <= (part + 1) * ROWS) | (part + 1 == PARTS)):
-            _down_rows(
-                hidden,
-                order,
-                weights,
-                scales,
-                parts,
-                start,
-                size,
-                column,
-                D,
-                I,
-                ROWS,
-                part + 1,
-                COLS,
-                BLOCK_I,
-            )
+            if WHOLE:
+                _down_whole_rows(
+                    hidden, order, weights, scales, parts, start, size, D, I, ROWS, part + 1, COLS, BLOCK_I
+                )
+            else:
+                _down_rows(
+                    hidden,
+                    order,
+                    weights,
+                    scales,
+                    parts,
+                    start,
+                    size,
+                    column,
+                    D,
+                    I,
+                    ROWS,
+                    part + 1,
+                    COLS,
+                    BLOCK_I,
+                )
 
 
 @triton.jit
