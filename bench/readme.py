@@ -9,12 +9,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.report import TableCells, model_table, model_title, op_table, op_title
-from bench.result import ModelRow, OpRow, Result
+from bench.report import (
+    TableCells,
+    kernel_title,
+    model_table,
+    model_title,
+    op_table,
+    op_title,
+    share_table,
+)
+from bench.result import Result
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -25,13 +33,14 @@ SECTION = re.compile(r"<!-- results:(\w+) -->\n.*?<!-- /results:\1 -->", re.DOTA
 
 def markdown(table: TableCells) -> str:
     headings, lines = table
-    rows = [[heading.replace("\n", " ") for heading in headings], ["---:"] * len(headings), *lines]
+    marks = [":---" if heading == "kernel" else "---:" for heading in headings]
+    rows = [[heading.replace("\n", " ") for heading in headings], marks, *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 @dataclass(frozen=True)
 class Section:
-    """`measured`: "op", or a phase of the model; `file`: the committed result that fills it."""
+    """`measured`: "op", "kernels", or a phase of the model; `file`: the committed result that fills it."""
 
     measured: str
     file: str
@@ -42,29 +51,43 @@ SECTIONS = {
     "prefill": Section("prefill", "2xh200-48-layers.json"),
     "decode": Section("decode", "2xh200-48-layers.json"),
     "all_decode": Section("decode", "2xh200.json"),
+    "kernels": Section("kernels", "2xh200.json"),
 }
 
 
 def write_section(section: Section, result: Result) -> str:
     """ValueError where the result has nothing for it."""
+    frameworks: set[str] = set()
+    libraries = ["flashinfer", "nccl"]
+    parts = []
     if section.measured == "op":
-        rows: Sequence[OpRow | ModelRow] = [row for row in result.op if row.method not in LEFT_OUT]
+        rows = [row for row in result.op if row.method not in LEFT_OUT]
+        frameworks = {row.framework for row in rows}
+        if rows:
+            title = f"{op_title(result)}: microseconds a call, median of {rows[0].timing.samples} (± the middle 80 %)"
+            parts = [(title, op_table(rows))]
+    elif section.measured == "kernels":
+        libraries = ["torch", "triton"]
+        for phase in ("decode", "prefill"):
+            if any(row.phase == phase and row.timing is not None for row in result.kernels):
+                title = (
+                    f"{kernel_title(result, phase)}: microseconds by tokens, and share of the floor's rate"
+                )
+                parts.append((title, share_table(result.kernels, phase)))
     else:
-        rows = [row for row in result.model if row.phase == section.measured]
-    if not rows:
+        frameworks = {row.framework for row in result.model if row.phase == section.measured}
+        if frameworks:
+            title = f"{model_title(result, section.measured)} (± the middle 80 %)"
+            parts = [(title, model_table(result.model, section.measured))]
+    if not parts:
         raise ValueError(f"{section.file} has nothing for the section {section.measured}")
-    if section.measured == "op":
-        title = f"{op_title(result)}: microseconds a call, median of {rows[0].timing.samples}"
-        table = op_table([row for row in rows if isinstance(row, OpRow)])
-    else:
-        title = model_title(result, section.measured)
-        table = model_table(result.model, section.measured)
     versions = result.machine.versions
-    names = [*sorted({row.framework for row in rows}), "flashinfer", "nccl"]
-    used = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
+    used = ", ".join(
+        f"{name} {versions[name]}" for name in [*sorted(frameworks), *libraries] if name in versions
+    )
     source = (RESULTS / section.file).relative_to(ROOT).as_posix()
     caption = f"{used}; revision {result.revision}; [{source}]({source})."
-    return f"{title} (± the middle 80 %).\n\n{markdown(table)}\n\n{caption}"
+    return "\n\n".join([*(f"{title}.\n\n{markdown(table)}" for title, table in parts), caption])
 
 
 def updated(text: str, load: Callable[[str], Result]) -> str:

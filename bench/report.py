@@ -261,8 +261,11 @@ def summary(result: Result) -> dict[str, object]:
         }
     for row in result.model:
         line[f"{row.key.replace(', ', ' ')}: ms"] = round(row.timing.median_us / 1e3, 3)
-    for row in result.kernels:
-        if row.timing is not None and row.share is not None:
-            line[f"{row.key.replace(', ', ' ')}: us"] = round(row.timing.median_us, 2)
-            line[f"{row.key.replace(', ', ' ')}: share"] = round(row.share, 3)
+    for phase in ("decode", "prefill"):
+        headings, lines = share_table(result.kernels, phase)
+        if lines:  # as in README: "7.4 (84%)" by number of tokens
+            line[f"{phase} kernels: us (share of floor) by tokens"] = {
+                name: {size: cell for size, cell in zip(headings[1:], cells, strict=True) if cell != "-"}
+                for name, *cells in lines
+            }
     return line

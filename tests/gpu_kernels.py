@@ -1,20 +1,19 @@
-"""What the tests of single kernels share: inputs, distances, graphs, and times beside a copy's bandwidth."""
+"""What the tests of single kernels share: inputs, distances, graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from bench.clock import capture, on_another_stream
 from tests.triton_interpreter import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 EPS = 1e-6
 SLACK = 1.1  # times the plain path's distance from float64
-REPLAYS = 7
-COPY_BYTES = 1 << 30
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -33,15 +32,8 @@ def assert_as_close(got: Tensor, plain: Tensor, want: Tensor, slack: float = SLA
 
 def captured(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """`call` in a CUDA graph, after one eager run."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-    return graph, out
+    on_another_stream(call)
+    return capture(call)
 
 
 @pytest.fixture(autouse=True)
@@ -52,30 +44,3 @@ def seeded() -> Iterator[None]:
         yield
     if not INTERPRETED:
         torch.cuda.synchronize()  # a failed kernel fails its own test
-
-
-def median_us(calls: Sequence[Callable[[], object]]) -> float:
-    """Microseconds a call: all of `calls` in one CUDA graph. Together they touch far more than the L2 cache holds."""
-
-    def chain() -> Tensor:
-        for call in calls:
-            call()
-        return torch.empty(0)
-
-    graph, _ = captured(chain)
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return sorted(times)[REPLAYS // 2]
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second that a kernel reads and writes; a graph's memcpy node is slower."""
-    source = torch.ones(COPY_BYTES // 4, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * COPY_BYTES / (median_us([lambda: torch.add(source, 1, out=target)] * 4) * 1e-6)

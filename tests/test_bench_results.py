@@ -15,11 +15,20 @@ from bench.__main__ import main
 from bench.codec import from_plain, to_plain
 from bench.compare import compare, differences
 from bench.plots import draw
-from bench.report import crossing, model_gain, model_table, op_gain, op_table, summary
+from bench.report import (
+    crossing,
+    kernel_table,
+    model_gain,
+    model_table,
+    op_gain,
+    op_table,
+    share_table,
+    summary,
+)
 from bench.result import OpSpec, Result
 from bench.stats import Timing, beyond_spread, quantile, slowest, summarize
 from bench.trace import covered
-from tests.bench_cases import model_row, model_spec, op_row, result
+from tests.bench_cases import kernel_row, kernel_spec, model_row, model_spec, op_row, result
 
 
 def test_quantiles_lie_between_samples() -> None:
@@ -144,9 +153,63 @@ def test_the_last_line_is_json_with_units() -> None:
     assert line["decode torch fusion on batch 8 128 prompt tokens: ms"] == 5.0
 
 
+KERNELS = (
+    kernel_row("gdn_decode", 1, 2.0),
+    kernel_row("gdn_decode", 8, 8.0),
+    kernel_row("paged_decode", 8, 4.0, length=1024, flops=4e6),
+    kernel_row("moe_prefill: experts", 8192, 1000.0, phase="prefill", flops=3e11),
+    kernel_row("norm_rope", 8, None),
+)
+
+
+def test_a_kernel_stands_beside_plain_torch_and_its_floor() -> None:
+    headings, lines = kernel_table(KERNELS, "decode")
+    rows = [dict(zip(headings, line, strict=True)) for line in lines]
+    assert rows[1] == {
+        "kernel": "gdn_decode", "tokens": "8", "length": "", "us": "8.0 ± 0.4", "plain torch us": "100.0 ± 5.0",
+        "floor us": "2.0", "share": "25%", "MB": "8.0", "GB/s": "1000", "TFLOP/s": "-", "apart": "0.002",
+    }  # fmt: skip
+    assert (rows[2]["length"], rows[2]["TFLOP/s"]) == ("1024", "1.0")
+    assert (rows[3]["kernel"], rows[3]["us"], rows[3]["share"]) == ("norm_rope", "-", "-")
+    assert [line[0] for line in kernel_table(KERNELS, "prefill")[1]] == ["moe_prefill: experts"]
+    assert share_table(KERNELS, "decode") == (
+        ["kernel", "1", "8"],
+        [["gdn_decode", "2.0 (25%)", "8.0 (25%)"], ["paged_decode, length 1024", "-", "4.0 (25%)"]],
+    )
+
+
+def test_kernels_are_in_the_json_line_and_compared() -> None:
+    measured = result(kernels=KERNELS)
+    line = summary(measured)["decode kernels: us (share of floor) by tokens"]
+    assert line == {
+        "gdn_decode": {"1": "2.0 (25%)", "8": "8.0 (25%)"},
+        "paged_decode, length 1024": {"8": "4.0 (25%)"},
+    }
+    slower = result(kernels=(kernel_row("gdn_decode", 8, 10.0),))
+    verdicts = {
+        change.key: change.verdict for change in compare(measured, slower) if change.verdict != "same"
+    }
+    assert verdicts == {"kernel gdn_decode, decode, 8 tokens": "slower"}
+
+
+def test_a_pass_of_prefill_is_one_prompt_or_as_many_as_fit() -> None:
+    assert kernel_spec().passes == ((1, 1024), (8, 1024))
+    assert kernel_spec(lengths=(3000, 8192, 9000)).passes == ((1, 3000), (2, 3000), (1, 8192))
+
+
+def test_results_of_before_there_were_kernels_are_read(tmp_path: Path) -> None:
+    plain = to_plain(result())
+    del plain["kernels"], plain["kernel_spec"], plain["decisions"]["torch op"]["pair"]
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(plain))
+    loaded = Result.load(file)
+    assert loaded.kernels == ()
+    assert loaded.decisions["torch op"].pair.max_bytes == 0
+
+
 def test_plots_are_drawn(tmp_path: Path) -> None:
-    files = draw(result(), tmp_path)
-    assert [file.name for file in files] == ["op.png", "prefill.png", "decode.png"]
+    files = draw(result(kernels=KERNELS), tmp_path)
+    assert [file.name for file in files] == ["op.png", "prefill.png", "decode.png", "kernels.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10_000 for file in files)
 
 
@@ -202,6 +265,11 @@ def test_readme_sections_are_written_from_results() -> None:
     assert "| 8 | 4.0 ± 0.2 | 8.0 ± 0.4 | 0.1 | 2.00x |" in once
     assert "80b, 48 layers, random weights" in once
     assert readme.updated(once, lambda _: result()) == once
+    kernels = readme.updated(
+        "<!-- results:kernels -->\n<!-- /results:kernels -->", lambda _: result(kernels=KERNELS)
+    )
+    assert "| gdn_decode | 2.0 (25%) | 8.0 (25%) |" in kernels
+    assert "kernels of a pass of prefill: 80b, bfloat16, one of 2 ranks, 2x NVIDIA H200" in kernels
     with pytest.raises(ValueError, match=r"2xh200.json has nothing for the section op"):
         readme.updated(text, lambda _: result(op=()))
     with pytest.raises(ValueError, match="unknown section results:typo"):

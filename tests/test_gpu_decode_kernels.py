@@ -1,19 +1,16 @@
-"""The compiled decode kernels on one GPU: against float64, in CUDA graphs, in place, bit by bit, and how fast.
+"""The compiled decode kernels on one GPU: against float64, in CUDA graphs, in place, bit by bit.
 
-A kernel is judged by float64 beside the plain path, which rounds in the same places: it may not be further away. The
-last tests print tables of microseconds and shares of the memory bandwidth measured in the same run.
+A kernel is judged by float64 beside the plain path, which rounds in the same places: it may not be further away.
+How fast they are is for `python -m bench kernels`.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from core_torch.kernels import attention, causal_conv, gated_delta_rule, moe, norm
@@ -26,9 +23,7 @@ from tests.gpu_kernels import (
     EPS,
     assert_as_close,
     captured,
-    copy_bandwidth,
     distance,
-    median_us,
     randn,
     seeded,  # noqa: F401 (a fixture)
 )
@@ -445,124 +440,3 @@ def test_few_rows_in_a_chain_of_graphs() -> None:
     for _ in range(50):
         graph.replay()
         assert torch.equal(out, want)
-
-
-Row = tuple[str, int, float, float]  # kernel, batch, microseconds, bytes
-
-
-def time_gdn(B: int) -> Iterator[Row]:
-    case = Gdn(B, 8, 16, 128, 128, slots=257)
-    calls = max(4, 128 // B)
-    chosen = [torch.randperm(256, device="cuda")[:B] + 1 for _ in range(calls)]
-    moved = float(B * 16 * 128 * 128 * 4 * 2 + B * case.channels * (3 * 2 * 2 + 4))
-
-    def call(slots: Tensor, function: Callable[..., Tensor], **options: Any) -> Callable[[], object]:
-        return lambda: function(
-            case.projected, case.conv, case.state, slots, **case.weights, eps=EPS, **options
-        )
-
-    for units in (1, 2, 4):
-        us = median_us([call(slots, gdn_decode, units_per_block=units) for slots in chosen])
-        yield f"gdn_decode, {units} units a block", B, us, moved
-    us = median_us([call(slots, gdn_decode, launch_with_pdl=False) for slots in chosen])
-    yield "gdn_decode without PDL", B, us, moved
-    yield "gdn plain", B, median_us([call(slots, gdn_decode_plain) for slots in chosen[:4]]), moved
-
-
-def time_moe(case: Moe, T: int) -> Iterator[Row]:
-    batches = [case.tokens(T) for _ in range(24 if T < 32 else 6)]
-    distinct = sum(len(chosen.unique()) for _, _, chosen in batches) / len(batches)
-    moved = distinct * 3 * case.I * case.D * 2.0
-
-    def calls(function: Callable[..., Tensor], **options: bool) -> list[Callable[[], object]]:
-        return [partial(function, *batch, case.gate_up, case.down, **options) for batch in batches]
-
-    yield "moe_group, moe_decode", T, median_us(calls(routed_experts_decode)), moved
-    yield "moe_decode without PDL", T, median_us(calls(routed_experts_decode, launch_with_pdl=False)), moved
-    yield "moe plain (grouped_mm)", T, median_us(calls(moe.routed_experts)), moved
-    options = {"top_k": case.K, "normalize": True}
-    logits = [randn(T, case.N) for _ in batches]
-    us = median_us([partial(route_decode, x, num_experts=case.N, **options) for x in logits])
-    yield "moe_route", T, us, logits[0].nbytes
-    us = median_us([partial(moe.route, x, **options) for x in logits])
-    yield "moe route plain", T, us, logits[0].nbytes
-    routed = [route_decode(x, num_experts=case.N, **options) for x in logits]
-    steps = [
-        partial(routed_experts_decode, x, r.weights, r.experts, case.gate_up, case.down, tiles=r.tiles)
-        for (x, _, _), r in zip(batches, routed, strict=True)
-    ]
-    distinct = sum(len(r.experts.unique()) for r in routed) / len(routed)
-    yield "moe_decode", T, median_us(steps), distinct * 3 * case.I * case.D * 2.0
-
-
-def time_paged(B: int, length: int) -> Iterator[Row]:
-    pages, page = 16384 // B * B, 16  # 256 MiB of keys and values
-    k, v = randn(2, pages + 1, page, 1, 256)
-    width = length // page
-    order = (torch.randperm(pages, device="cuda") + 1)[: pages // (B * width) * B * width].view(-1, B, width)
-    tables = [t.T.contiguous().T for t in order]
-    lengths = torch.full((B,), length, device="cuda")
-    q = randn(B, 8, 256)
-    moved = B * length * 2 * 256 * 2.0
-
-    def call(table: Tensor, **options: Any) -> Callable[[], object]:
-        return lambda: paged_decode_attention(q, k, v, table, lengths, scale=0.0625, **options)
-
-    yield f"paged_decode, {length} tokens", B, median_us([call(t) for t in tables]), moved
-    us = median_us([call(t, launch_with_pdl=False) for t in tables])
-    yield f"paged_decode, {length} tokens, no PDL", B, us, moved
-    projected, positions = randn(B, 18 * 256), torch.arange(B, device="cuda")
-    inputs = (projected, positions, positions + 16, k, v)
-    options = {"num_heads": 8, "rotary_dim": 64, "theta": 1e7, "eps": EPS, "weight_bias": 1.0}
-    options |= {"q_weight": randn(256), "k_weight": randn(256)}
-    for name, function in (("norm_rope", norm_rope), ("norm_rope plain", norm_rope_plain)):
-        us = median_us([partial(function, *inputs, **options)] * 32)
-        yield name, B, us, float(projected.nbytes)
-
-
-def time_few_rows(T: int) -> Iterator[Row]:
-    for O, name in ((6176, "qkvzba"), (4608, "q, gate, k, v"), (2048, "out"), (520, "router")):  # noqa: E741
-        weights = [randn(O, 2048) for _ in range(-(-(400 << 20) // (O * 4096)))]
-        x, moved = randn(T, 2048), O * 4096.0
-        yield f"few_rows, {name}", T, median_us([partial(few_rows, x, w) for w in weights]), moved
-        yield f"cuBLAS, {name}", T, median_us([partial(F.linear, x, w) for w in weights]), moved
-
-
-def all_few_rows() -> Iterator[Row]:
-    return itertools.chain.from_iterable(time_few_rows(T) for T in (1, 8, 16, 32))
-
-
-def all_gdn() -> Iterator[Row]:
-    return itertools.chain.from_iterable(time_gdn(B) for B in (1, 8, 32, 64, 128))
-
-
-def all_moe() -> Iterator[Row]:
-    experts = Moe(*MOE_SHAPES["80B-A3B"])
-    return itertools.chain.from_iterable(time_moe(experts, T) for T in (1, 8, 32, 64, 128))
-
-
-def all_paged() -> Iterator[Row]:
-    return itertools.chain.from_iterable(
-        time_paged(B, length)
-        for B, length in ((1, 1024), (8, 1024), (32, 1024), (64, 1024), (128, 1024), (1, 8192))
-    )
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [all_few_rows, all_gdn, all_moe, all_paged],
-    ids=["few_rows", "gdn_decode", "moe_decode", "paged_decode"],
-)
-def test_time(rows: Callable[[], Iterator[Row]], capsys: pytest.CaptureFixture[str]) -> None:
-    """Prints a table. Another program on the GPU may spoil any time, so only impossible ones fail."""
-    peak = copy_bandwidth()
-    found = list(rows())
-    with capsys.disabled():
-        print(f"\ncopy: {peak / 1e12:.2f} TB/s")
-        print(f"{'kernel':36} {'batch':>5} {'us':>8} {'floor':>8} {'GB/s':>6} {'share':>6}")
-        for name, batch, us, moved in found:
-            rate = moved / us * 1e6
-            print(
-                f"{name:36} {batch:5} {us:8.1f} {moved / peak * 1e6:8.1f} {rate / 1e9:6.0f} {rate / peak:6.1%}"
-            )
-    assert all(us > 0 and moved / us * 1e6 < 1.5 * peak for _, _, us, moved in found)

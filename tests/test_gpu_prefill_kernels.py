@@ -1,13 +1,12 @@
-"""The kernels of prefill on one GPU: against float64, with odd sizes, bit by bit, and how fast.
+"""The kernels of prefill on one GPU: against float64, with odd sizes, bit by bit.
 
-A kernel is judged by float64 beside the plain path: it may not be much further away. The last tests print tables of
-microseconds, TFLOP/s, and shares of what a large product or copy reaches in the same run. Where Triton is installed,
-`TRITON_INTERPRET=1 pytest tests/test_gpu_prefill_kernels.py` runs the rest without a GPU.
+A kernel is judged by float64 beside the plain path: it may not be much further away. The last test prints how fast each
+choice of tiles is. Where Triton is installed, `TRITON_INTERPRET=1 pytest tests/test_gpu_prefill_kernels.py` runs the
+rest without a GPU.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -15,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
+from bench.clock import samples_us
+from bench.stats import summarize
 from core_torch.batch import Span
 from core_torch.kernels import attention, causal_conv, gated_delta_rule, moe, norm
 from core_torch.kernels.flash_prefill import (
@@ -30,7 +29,6 @@ from core_torch.kernels.flash_prefill import (
 from core_torch.kernels.gdn_prefill import (
     NARROW,
     WIDE,
-    Carry,
     Chunks,
     check_gdn_prefill,
     cut_into_chunks,
@@ -41,7 +39,6 @@ from core_torch.kernels.moe_prefill import (
     Tile,
     check_moe_prefill,
     choose_tiles,
-    combine,
     down_product,
     gate_up_product,
     group_by_expert,
@@ -52,9 +49,7 @@ from tests.gpu_kernels import (
     DEVICE,
     EPS,
     assert_as_close,
-    copy_bandwidth,
     distance,
-    median_us,
     randn,
     seeded,  # noqa: F401 (a fixture)
 )
@@ -408,14 +403,6 @@ def test_cudnn_takes_even_sequences() -> None:
         assert torch.equal(got, case.run(even=True))
 
 
-def peaks() -> tuple[float, float]:
-    """(bytes per second of a device copy, read and written; FLOP/s of a large bfloat16 product)."""
-    a, b = randn(8192, 8192), randn(8192, 8192)
-    return copy_bandwidth(), 2e6 * 8192**3 / median_us([lambda: a @ b] * 4)
-
-
-Row = tuple[str, int, float, float, float]  # kernel, tokens, microseconds, bytes, FLOP
-
 GATE_UP_TILES = [
     *(Tile(64, 3, 256, 64, 8, stages) for stages in (3, 4)),
     *(Tile(64, 3, 128, 64, 4, stages) for stages in (2, 3)),
@@ -434,135 +421,40 @@ DOWN_TILES = [
     Tile(128, 1, 128, 64, 8, 3),
     *(Tile(64, 2, 128, 64, 4, stages) for stages in (2, 3)),
     *(Tile(64, 1, 256, 64, 4, stages) for stages in (2, 3)),
+    *(Tile(64, 3, 64, 256, warps, 3, whole=True) for warps in (4, 8)),
+    Tile(64, 2, 128, 256, 4, 2, whole=True),
+    Tile(64, 3, 32, 256, 4, 4, whole=True),
 ]
 
 
-def time_moe(case: Moe, T: int) -> Iterator[Row]:
-    """One layer's weights are 20 times what the L2 cache holds."""
+def tiles_of(case: Moe, T: int) -> Iterator[tuple[str, float]]:
+    """(product and tile, microseconds). One layer's weights are 20 times what the L2 cache holds."""
     x, weights, experts = case.tokens(T)
-    ids, D, I, K = experts.int(), case.D, case.I, case.K  # noqa: E741
-    used = len(experts.unique())
-    up_flop, down_flop = 4.0 * T * K * D * I, 2.0 * T * K * D * I
-    up_bytes = used * 4.0 * D * I + T * D * 2 + T * K * I * 2
-    down_bytes = used * 2.0 * D * I + T * K * (I + D) * 2
-    logits = randn(T, case.N)
-    options = {"num_experts": case.N, "top_k": K, "normalize": True}
-    yield "route", T, median_us([partial(route_prefill, logits, **options)] * 4), logits.nbytes, 0.0
-    us = median_us([partial(moe.route, logits, top_k=K, normalize=True)] * 4)
-    yield "route plain", T, us, logits.nbytes, 0.0
-    us = median_us([partial(group_by_expert, ids, num_experts=case.N, tile_tokens=192)] * 4)
-    yield "sort by expert", T, us, ids.nbytes * 3.0, 0.0
-    groups = {n: group_by_expert(ids, num_experts=case.N, tile_tokens=n) for n in (64, 128, 192, 256)}
-    best: dict[str, tuple[float, Tile]] = {}
+    groups = {
+        n: group_by_expert(experts.int(), num_experts=case.N, tile_tokens=n) for n in (64, 128, 192, 256)
+    }
     for tile in GATE_UP_TILES:
-        call = partial(gate_up_product, x, groups[tile.rows * tile.parts], case.gate_up, top_k=K, tile=tile)
-        us = median_us([call] * 3)
-        best["gate_up"] = min(best.get("gate_up", (us, tile)), (us, tile), key=lambda found: found[0])
-        yield f"gate_up {name_of(tile)}", T, us, up_bytes, up_flop
-    hidden = gate_up_product(x, groups[64], case.gate_up, top_k=K, tile=GATE_UP_TILES[-1])
+        group = groups[tile.rows * tile.parts]
+        yield (
+            f"gate_up {tile}",
+            median_us(partial(gate_up_product, x, group, case.gate_up, top_k=case.K, tile=tile)),
+        )
+    hidden = gate_up_product(x, groups[64], case.gate_up, top_k=case.K, tile=GATE_UP_TILES[-1])
     for tile in DOWN_TILES:
-        call = partial(down_product, hidden, groups[tile.rows * tile.parts], case.down, weights, tile=tile)
-        us = median_us([call] * 3)
-        best["down"] = min(best.get("down", (us, tile)), (us, tile), key=lambda found: found[0])
-        yield f"down {name_of(tile)}", T, us, down_bytes, down_flop
-    for name, (us, tile) in best.items():
-        moved, flop = (up_bytes, up_flop) if name == "gate_up" else (down_bytes, down_flop)
-        yield f"best {name}: {name_of(tile)}", T, us, moved, flop
-    parts = down_product(hidden, groups[64], case.down, weights, tile=DOWN_TILES[-1])
-    sums = T * (K + 1) * D * 2.0
-    yield "combine", T, median_us([partial(combine, parts, ids, num_experts=case.N)] * 4), sums, 0.0
-    moved, flop = up_bytes + down_bytes + sums, up_flop + down_flop
-    for name, function, chosen in (
-        ("moe_prefill", routed_experts_prefill, ids),
-        ("moe plain (grouped_mm)", moe.routed_experts, experts),
-    ):
-        us = median_us([partial(function, x, weights, chosen, case.gate_up, case.down)] * 3)
-        yield name, T, us, moved, flop
+        group = groups[tile.rows * tile.parts]
+        yield f"down {tile}", median_us(partial(down_product, hidden, group, case.down, weights, tile=tile))
 
 
-def name_of(tile: Tile) -> str:
-    return f"{tile.parts}x{tile.rows}x{tile.cols}x{tile.block} w{tile.warps} s{tile.stages}"
-
-
-def all_moe() -> Iterator[Row]:
-    experts = Moe(*MOE_SHAPES["80B-A3B"])
-    return itertools.chain.from_iterable(time_moe(experts, T) for T in (8192, 2048, 512))
-
-
-def all_gdn() -> Iterator[Row]:
-    """Whole passes; a chain of kernels cannot be timed one by one from outside, a profiler can."""
-    for lengths in ((8192,), (1024,) * 8, (2048,)):
-        case, T = Gdn(lengths, 8, 16, 128), sum(lengths)
-        chunks = case.chunks
-        moved = 2.0 * T * (2 * case.channels + 6 * 2048) + 2.0 * len(chunks.chunks) * 16 * 128 * 128 * 2
-        flop = T * 16 * 2.0 * (64 * 128 * 4 + 128 * 128 * 4)
-        label = f"{len(lengths)} sequences"
-        inputs = (case.projected, case.conv, case.state)
-        for carry in (NARROW, WIDE, Carry(32, 4, 3), Carry(16, 4, 2), Carry(64, 4, 2)):
-            us = median_us([partial(gdn_prefill, *inputs, chunks, **case.weights, eps=EPS, carry=carry)] * 3)
-            name = f"{carry.columns} w{carry.warps} s{carry.stages}"
-            yield f"gdn_prefill {name}, {label}", T, us, moved, flop
-        yield from gdn_kernels(partial(gdn_prefill, *inputs, chunks, **case.weights, eps=EPS), T)
-
-
-def gdn_kernels(call: Callable[[], object], T: int) -> Iterator[Row]:
-    """Each kernel of `call`, by torch's profiler."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CUDA],
-        acc_events=True,  # it warns without
-    ) as profile:
-        call()
-        torch.cuda.synchronize()
-    for event in profile.key_averages():
-        if event.device_time_total > 0:
-            yield f"  {event.key[:40]}", T, event.device_time_total, 0.0, 0.0
-
-
-def all_attention() -> Iterator[Row]:
-    """Fresh prompts in the kernel of the engine, and what torch's other backends would take for one."""
-    for lengths, counts in (((8192,), (8192,)), ((1024,) * 8, (1024,) * 8), ((8192,), (1024,))):
-        case, T = Paged(lengths, counts, 8, 1, 256), sum(counts)
-        pairs = sum(n * length - n * (n - 1) / 2 for n, length in zip(counts, lengths, strict=True))
-        flop, moved = 4.0 * 256 * 8 * pairs, 2.0 * T * 8 * 256 * 2 + sum(lengths) * 4.0 * 256 * 3
-        for even in {False, case.ragged.even}:
-            name = f"{'even' if even else 'flash'}_prefill, {len(counts)} of {lengths[0]}"
-            yield name, T, median_us([partial(case.run, even=even)] * 3), moved, flop
-        if len(counts) > 1 or counts != lengths:
-            continue
-        k, v, _ = case.sequences[0]
-        heads = [x.transpose(0, 1)[None] for x in (case.q, k, v)]
-        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-            for gqa in (True, False):
-                inputs = heads if gqa else [heads[0], *(x.expand(-1, 8, -1, -1) for x in heads[1:])]
-                call = partial(scaled_dot_product_attention, *inputs, is_causal=True, enable_gqa=gqa)
-                try:
-                    with sdpa_kernel(backend):
-                        us = median_us([call] * 3)
-                except RuntimeError as error:
-                    print(f"{backend.name}, enable_gqa={gqa}: {str(error)[:80]}")
-                    continue
-                yield f"{backend.name}, {'GQA' if gqa else 'expanded'}", T, us, moved, flop
-
-
-TIMED: dict[str, Callable[[], Iterator[Row]]] = {"moe": all_moe, "gdn": all_gdn, "attention": all_attention}
+def median_us(call: Callable[[], object]) -> float:
+    return summarize(samples_us([call] * 3, 7, torch.device("cuda"))).median_us
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("what", TIMED)
-def test_time(what: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Prints a table. Another program on the GPU may spoil any time, so only impossible ones fail."""
-    bandwidth, flops = peaks()
-    found = []
+@pytest.mark.parametrize("T", [8192, 2048, 512])
+def test_time_of_tiles(T: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints a table, the fastest tiles first: what `choose_tiles` was chosen from. For how fast the kernels are, see
+    `python -m bench kernels`."""
+    found = sorted(tiles_of(Moe(*MOE_SHAPES["80B-A3B"]), T), key=lambda row: row[1])
     with capsys.disabled():
-        print(f"\ncopy: {bandwidth / 1e12:.2f} TB/s, product: {flops / 1e12:.0f} TFLOP/s")
-        print(f"{'kernel':44} {'tokens':>6} {'us':>8} {'floor':>7} {'GB/s':>6} {'TFLOP/s':>8} {'share':>6}")
-        for row in TIMED[what]():
-            name, tokens, us, moved, flop = row
-            floor = max(moved / bandwidth, flop / flops) * 1e6
-            print(
-                f"{name:44} {tokens:6} {us:8.1f} {floor:7.1f} {moved / us / 1e3:6.0f} {flop / us / 1e6:8.1f} "
-                f"{floor / us:6.1%}",
-                flush=True,
-            )
-            found.append((us, floor))
-    assert all(us > 0 and floor < 1.5 * us for us, floor in found)
+        print("\n" + "\n".join(f"{T} tokens, {name}: {us:.1f} us" for name, us in found))
+    assert all(us > 0 for _, us in found)

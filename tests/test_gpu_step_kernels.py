@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor
@@ -24,8 +21,6 @@ from tests.gpu_kernels import (
     EPS,
     assert_as_close,
     captured,
-    copy_bandwidth,
-    median_us,
     randn,
     seeded,  # noqa: F401 (a fixture)
 )
@@ -109,37 +104,3 @@ def test_vocabulary_argmax(T: int, W: int) -> None:
     wide[-1, W // 2] = float("inf")
     keys = largest_keys(wide[:, :W], first=0)
     assert torch.equal(entries(keys), wide[:, :W].float().argmax(-1))
-
-
-def calls_of(T: int) -> Iterator[tuple[str, list[Callable[[], object]], float]]:
-    """(kernel, calls over data several times the L2 cache where it is large, bytes a call)."""
-    D, W, sets = 2048, 75968, 8
-    weight, sums, stream = randn(D), randn(sets, T, D), randn(sets, T, D)
-    for name, call in (("add_norm", add_norm), ("add, norm plain", add_rmsnorm)):
-        yield (
-            name,
-            [partial(call, sums[i], stream[i], weight, EPS, 1.0) for i in range(sets)] * 4,
-            T * D * 8.0,
-        )
-    table, tokens = randn(W, D), torch.randint(0, 2 * W, (sets, T), device="cuda")
-    for name, call in (
-        ("vocabulary_rows", embedding_rows),
-        ("embedding plain", embedding_rows_plain),
-    ):
-        yield name, [partial(call, tokens[i], table, first=0, count=W) for i in range(sets)] * 4, T * D * 4.0
-    logits = randn(sets, T, W)
-    for name, call in (("vocabulary_argmax", largest_keys), ("argmax plain", largest_keys_plain)):
-        yield name, [partial(call, logits[i], first=0) for i in range(sets)], T * W * 2.0
-
-
-def test_time(capsys: pytest.CaptureFixture[str]) -> None:
-    """Prints a table. Another program on the GPU may spoil any time, so only impossible ones fail."""
-    peak = copy_bandwidth()
-    found = [
-        (name, T, median_us(calls), moved) for T in (1, 8, 64, 128) for name, calls, moved in calls_of(T)
-    ]
-    with capsys.disabled():
-        print(f"\n{'kernel':20} {'batch':>5} {'us':>8} {'floor':>8}")
-        for name, T, us, moved in found:
-            print(f"{name:20} {T:5} {us:8.1f} {moved / peak * 1e6:8.1f}")
-    assert all(us > 0 for _, _, us, _ in found)
