@@ -93,7 +93,8 @@ class ModelRunner:
                 compiled=settings.kernels == "auto",
             ),
         )
-        self.kernels["pair_allreduce"] = pair_answer(parallel.decision)
+        if parallel.layout.tp_size > 1:
+            self.kernels["pair_allreduce"] = pair_answer(parallel.decision)
         open_kernels([name for name, answer in self.kernels.items() if answer.usable], parallel.torch_device)
         if parallel.platform == "gpu":
             print(f"crossfuse: kernels {describe(self.kernels)}", file=sys.stderr, flush=True)

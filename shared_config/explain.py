@@ -282,18 +282,16 @@ def print_report(explanation: Explanation, console: Console) -> None:
         console.print(moved)
         console.print()
 
-    most = decision.pair.max_bytes or decision.max_bytes
-    limit = f"up to {decision.max_tokens(model.itemsize)} tokens ({most} bytes) a call"
-    console.print(f"limit: {limit}: {decision.max_bytes_source}", markup=False)
-    pair = decision.pair
+    pair, most = decision.pair, decision.max_tokens(model.itemsize)
+    limit = f"limit: up to {most} tokens ({pair.max_bytes or decision.max_bytes} bytes) a call"
     if pair.max_bytes:
-        above = decision.max_backend_tokens(model.itemsize)
+        above = f"{decision.max_backend_tokens(model.itemsize)} tokens ({pair.above} bytes)"
         console.print(
-            f"pair_allreduce: above {above} tokens ({pair.above} bytes), in place of {decision.backend}, {pair.source}",
-            markup=False,
+            f"{limit}, above {above} in the project's own pair_allreduce: {pair.source}", markup=False
         )
     else:
-        console.print(f"pair_allreduce: not used: {pair.source}", markup=False)
+        console.print(f"{limit}: {decision.max_bytes_source}", markup=False)
+        console.print(f"pair_allreduce, for longer calls: not used: {pair.source}", markup=False)
     for warning in decision.warnings:
         console.print(f"warning: {warning}", markup=False, style="yellow")
     verdict = "FUSED" if decision.enabled else "UNFUSED"

@@ -201,7 +201,8 @@ def test_the_shared_expert_lies_behind_the_routed_ones(tmp_path: Path) -> None:
 def test_without_a_gpu_the_reason_is_told() -> None:
     with LLM(TINY, 2, max_model_len=64) as llm:  # through the worker's answer
         assert describe(llm.kernels) == (
-            f"plain: {', '.join(NAMES)} (compiled kernels need a CUDA GPU, and this is cpu)"
+            f"plain: {', '.join(NAMES)} (compiled kernels need a CUDA GPU, and this is cpu); "
+            "plain: pair_allreduce (pair_allreduce is for groups of 2 ranks on SM90)"
         )
     with LLM(TINY, max_model_len=64, dtype="float32", max_num_seqs=4, num_pages=10) as llm:
         assert llm._session is not None

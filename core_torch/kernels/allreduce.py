@@ -73,7 +73,8 @@ class ReduceGroup:
 
     def choose_kernels(self, options: KernelOptions) -> Answers:
         self.compiled = options.ask("add_norm", check_add_norm, hidden_size=self.decision.hidden_size)
-        return {"add_norm": self.compiled, "pair_allreduce": pair_answer(self.decision)}
+        alone = {"add_norm": self.compiled}
+        return alone if self.size == 1 else alone | {"pair_allreduce": pair_answer(self.decision)}
 
     def fuses(self, num_tokens: int, itemsize: int) -> BatchAnswer:
         """Whether a batch of `num_tokens` is fused, and why not. Remembered: a model asks twice per layer."""

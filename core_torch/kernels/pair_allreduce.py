@@ -37,9 +37,9 @@ def check_pair_allreduce(*, hidden_size: int, dtype: torch.dtype, device: torch.
 
 def pair_answer(decision: FusionDecision) -> native.Answer:
     """Whether long calls run in it, and why not, by a decision that is in force."""
-    if not decision.enabled:
-        return native.Answer(False, f"fusion is off: {decision.reason}")
-    return native.Answer(decision.pair.max_bytes > 0, decision.pair.source)
+    if decision.pair.max_bytes == 0:
+        return native.Answer(False, decision.pair.source)
+    return native.Answer(decision.enabled, "" if decision.enabled else f"fusion is off: {decision.reason}")
 
 
 def pair_bytes(max_tokens: int, hidden_size: int) -> int:
