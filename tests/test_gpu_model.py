@@ -136,6 +136,22 @@ def test_batches_above_the_limit_run_unfused_one_by_one(pool: RankPool) -> None:
     assert outputs[0].reductions.fused == 16 * 7
 
 
+def test_a_pass_of_long_calls_has_the_unfused_bits(pool: RankPool) -> None:
+    """They run in `pair_allreduce`, whose bits are those of NCCL's sum with `add_norm` after it."""
+    lines = "x = 1\n" * 150
+    prompts = [f"{i} = {i}\n{lines}" for i in range(12)]
+    options = {"max_step_tokens": 8192, "max_model_len": 1024, "max_num_seqs": 12}
+    decision, outputs = run(pool, prompts, FusionRequest(mode="on"), max_tokens=1, **options)
+    tokens = sum(len(output.prompt_token_ids) for output in outputs)
+    assert decision.max_backend_tokens(2) < tokens <= 8192, decision.pair.source
+    assert all(
+        (o.reductions.fused, o.reductions.unfused) == (2 * 8, 0) for o in outputs
+    )  # one pass, 8 layers
+    _, want = run(pool, prompts, FusionRequest(mode="off"), max_tokens=1, **options)
+    for mine, plain in zip(outputs, want, strict=True):
+        assert np.array_equal(mine.logits[0], plain.logits[0])
+
+
 def test_fused_agrees_with_unfused_and_every_reduction_is_counted(
     pool: RankPool, unfused: Outputs, truth: Outputs
 ) -> None:
