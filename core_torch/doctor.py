@@ -18,6 +18,7 @@ from rich.table import Table
 
 from core_torch.kernels import native
 from core_torch.kernels.choice import Answers
+from core_torch.kernels.pair_allreduce import pair_answer
 from core_torch.parallel import REDUCE_GROUPS, open_parallel, rank_device
 from core_torch.worker import RankFailure, WorkerGroup
 from shared_config import (
@@ -199,7 +200,10 @@ def _self_test(
     workers.close()
     groups = sorted({group for name in REDUCE_GROUPS for group in layout.all_groups(name) if len(group) > 1})
     text = "passed on" if final.enabled else f"FAILED: {final.reason}; ranks"
-    return _Report(decision.backend, True, final.enabled, f"{text} {' '.join(str([*g]) for g in groups)}")
+    text += f" {' '.join(str([*group]) for group in groups)}"
+    pair = pair_answer(final)
+    text += "; so did pair_allreduce" if pair.usable else f"; without pair_allreduce: {pair.reason}"
+    return _Report(decision.backend, True, final.enabled, text)
 
 
 @dataclass(frozen=True)

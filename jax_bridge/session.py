@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from jax_bridge.batch import MIN_PREFILL_ROWS, bucket
 from jax_bridge.devices import Device
 from jax_bridge.parallel import open_parallel
 from jax_bridge.runner import ModelRunner
@@ -59,7 +60,7 @@ class Session:
 def open_session(spec: SessionSpec, weights: Weights) -> Iterator[Session]:
     """Probe this machine, resolve fusion, load `weights`, and clean up at the end."""
     decision = resolve_fusion(spec.config, spec.layout, probe_hardware(), probe_flashinfer(), spec.request)
-    largest = max(spec.settings.max_step_tokens, spec.settings.max_num_seqs)
+    largest = bucket(max(spec.settings.max_step_tokens, spec.settings.max_num_seqs), MIN_PREFILL_ROWS)
     with open_parallel(
         decision, spec.layout, devices=list(spec.devices), dtype=spec.dtype, max_tokens=largest
     ) as parallel:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import tvm_ffi
 
 from core_torch.__main__ import main
 from core_torch.kernels import (
@@ -176,6 +177,47 @@ def test_prebuild_compiles(folders: tuple[Path, Path], name: str, functions: lis
     assert main(["prebuild", "--arch", ARCH, "--out", str(folders[0]), "--only", name]) == 0
     module = native._load(name, ARCH)
     assert all(callable(getattr(module, function)) for function in functions)
+
+
+@needs_nvcc
+def test_one_function_serves_short_and_long_reductions(folders: tuple[Path, Path]) -> None:
+    """It has FlashInfer's parameters: up to a limit FlashInfer's own function gets them, above it they are read."""
+    test_prebuild_compiles(folders, "pair_allreduce", ["pair_allreduce", "pair_or"])
+    module, calls = native._load("pair_allreduce", ARCH), []
+    buffers, state = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+    flashinfer = tvm_ffi.convert(lambda *given: calls.append(given))
+    both = module.pair_or(flashinfer, *map(tvm_ffi.from_dlpack, (buffers, state)), 0, 16, 4)
+
+    def given(num_tokens: int, pattern: int) -> list[Any]:
+        rows, weight, table = torch.zeros(num_tokens, 8), torch.zeros(8), torch.arange(3)
+        x, w, t = map(tvm_ffi.from_dlpack, (rows.bfloat16(), weight.bfloat16(), table))
+        norms = [None, x, x, x, None, None, w, 1e-6, None, None, None, 1.0]
+        return [
+            x,
+            2,
+            0,
+            num_tokens,
+            8,
+            t,
+            True,
+            True,
+            True,
+            True,
+            pattern,
+            *([x, *[None] * 11], norms)[pattern > 0],
+        ]
+
+    for num_tokens, pattern in ((4, 1), (3, 0)):
+        both(*given(num_tokens, pattern))
+    assert [(call[3], call[10], len(call)) for call in calls] == [(4, 1, 23), (3, 0, 23)]
+    for num_tokens, pattern in ((5, 1), (16, 0)):  # its own kernel's first check
+        with pytest.raises(ValueError, match="must be on one CUDA device"):
+            both(*given(num_tokens, pattern))
+    with pytest.raises(ValueError, match="pattern 7 takes at most 4 tokens, got 5"):
+        both(*given(5, 7))
+    with pytest.raises(TypeError, match="takes 23 parameters, got 22"):
+        both(*given(4, 1)[:-1])
+    assert len(calls) == 2
 
 
 def test_a_kernel_that_cannot_be_had_is_not_used(

@@ -16,9 +16,7 @@ from core_torch.kernels.native import Answer, first_failure
 from core_torch.kernels.triton_kernels import Launch, check_triton, launch
 
 MAX_EXPERTS, MAX_CHOICES = 1024, 32
-MAX_WHOLE = (
-    256  # values of a row of `hidden` up to which `down` holds three times 64 rows: 96 KiB of shared memory
-)
+MAX_WHOLE = 256  # values of a row of `hidden` up to which `down` holds 192 rows: 96 KiB of shared memory
 MIN_BLOCK = 16  # of the inner dim of a product on tensor cores
 CHUNK = 1024  # pairs that one program of the sort takes (jit/moe_prefill.py: LANE_BITS)
 BLOCK_CHUNKS, BLOCK_TILES, ROUTE_ROWS = 16, 16, 4
