@@ -22,13 +22,9 @@ from shared_config.presets import PRESETS
 
 TINY = Path(__file__).parents[1] / "tests" / "data" / "tiny-qwen3-next"
 
-# What is measured unless it is asked for, by device.
+# What is measured unless it is asked for, by device. 96 calls are a step of Qwen3-Next-80B-A3B.
 OP = {
-    "cuda": {
-        "tokens": (1, 8, 64, 512, 2048, 8192),
-        "calls": 96,
-        "repeats": 20,
-    },  # 96: a step of Qwen3-Next-80B-A3B
+    "cuda": {"tokens": (1, 8, 64, 512, 2048, 8192), "calls": 96, "repeats": 20},
     "cpu": {"tokens": (1, 8, 64), "calls": 5, "repeats": 5},
 }
 MODEL = {
@@ -107,10 +103,15 @@ def op_spec(args: argparse.Namespace, device: str) -> OpSpec:
     )
 
 
-def check_model(args: argparse.Namespace) -> None:
+def check_shapes(args: argparse.Namespace, layers: int | None = None) -> None:
     """Raises ValueError for arguments that name no model: before anything is measured."""
     if args.model is not None or args.preset is not None:
-        model_config(args.model, args.preset, args.layers)
+        model_config(args.model, args.preset, layers)
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """The same for `model`."""
+    check_shapes(args, args.layers)
     if args.load_format == "safetensors" and args.model is None:
         raise ValueError("--preset has shapes only: use --load-format dummy, or --model with a checkpoint")
 
@@ -165,6 +166,8 @@ def run_bench(args: argparse.Namespace) -> int:
     require_matplotlib()
     if "model" in args.measures:
         check_model(args)
+    elif "kernels" in args.measures:
+        check_shapes(args)
     args.out.mkdir(parents=True, exist_ok=True)
     ranks = 1 if args.measures == {"kernels"} else args.tp  # one rank's kernels need one device
     machine: Machine = probe_machine(args.device, args.dtype, ranks)

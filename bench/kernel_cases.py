@@ -1,8 +1,5 @@
 """The project's own kernels beside plain torch, on operands with the shapes of one rank of a model.
 
-A case has several sets of operands, which together are more than a cache holds where the operands are large: weights,
-states and caches then come out of memory, as in a model. Small ones stay in the cache, as in a model.
-
 Shapes: T tokens (B in decode, one of each sequence), D hidden, H query heads, G KV heads, d head_dim, N experts with a
 shared one, K choices with it, W rows of the vocabulary.
 """
@@ -11,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.floor import Chunk, attention_work, decode_chunks, gated_delta_net_work
-from bench.result import KernelSpec
+from bench.kernel_operands import Rank
 from core_torch.batch import Span
 from core_torch.kernels import attention, moe
 from core_torch.kernels.add_norm import add_norm, check_add_norm
-from core_torch.kernels.choice import KernelOptions
 from core_torch.kernels.contract import add_rmsnorm
 from core_torch.kernels.few_rows import check_few_rows, few_rows, is_worth_it
 from core_torch.kernels.flash_prefill import check_even_prefill, check_flash_prefill, flash_prefill, lay_out
@@ -48,9 +43,6 @@ from core_torch.kernels.vocabulary import (
 )
 from core_torch.layers.mlp import ROW_MULTIPLE
 from core_torch.layers.norm import WEIGHT_BIAS
-from shared_config.checkpoint import head_share, vocab_share
-
-MIN_SETS, MAX_SETS = 4, 128
 
 Call = Callable[[int], Tensor]  # the number of a set of operands -> the result
 
@@ -81,77 +73,6 @@ class Case:
     @property
     def module(self) -> str:
         return self.kernel.split(",")[0].split(":")[0]
-
-
-class Rank:
-    """One rank's shapes, and what several cases share."""
-
-    def __init__(self, spec: KernelSpec, device: torch.device, cache_bytes: int) -> None:
-        self.spec, self.config, self.tp = spec, spec.config, spec.tp
-        self.dtype: torch.dtype = getattr(torch, spec.dtype)
-        self.device, self.cache_bytes = device, cache_bytes
-        self.options = KernelOptions(self.dtype, device, max_num_seqs=max(spec.batches))
-        config, tp = self.config, self.tp
-        self.H = len(head_share(config.num_attention_heads, 0, tp, "num_attention_heads"))
-        self.G = len(head_share(config.num_key_value_heads, 0, tp, "num_key_value_heads"))
-        self.key, self.value = config.key_dim // tp, config.value_dim // tp
-        self.value_heads = config.linear_num_value_heads // tp
-        self.channels = 2 * self.key + self.value
-        self.projected = self.channels + self.value + 2 * self.value_heads
-        self.shared = int(config.shared_expert_intermediate_size == config.moe_intermediate_size)
-        self.W = vocab_share(config.vocab_size, 0, tp)[1]
-
-    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(*shape, device=self.device).to(dtype or self.dtype)
-
-    def pick(self, count: int, of: int) -> Tensor:
-        """`count` different numbers from 1 to `of`."""
-        return torch.randperm(of, device=self.device)[:count] + 1
-
-    def sets(self, bytes_of_one: int) -> int:
-        """How many sets of operands together are twice the cache, within bounds."""
-        return min(MAX_SETS, max(MIN_SETS, -(-2 * self.cache_bytes // max(bytes_of_one, 1))))
-
-    @cached_property
-    def experts(self) -> tuple[Tensor, Tensor]:
-        """(gate_up [N, 2I, D], down [N, D, I]), the shared expert behind the routed ones where it has their shape."""
-        config = self.config
-        N, D = config.num_experts + self.shared, config.hidden_size
-        local, like = config.moe_intermediate_size // self.tp, {"dtype": self.dtype, "device": self.device}
-        gate_up = torch.empty(N, 2 * local, D, **like).normal_(0, D**-0.5)
-        return gate_up, torch.empty(N, D, local, **like).normal_(0, local**-0.5)
-
-    @cached_property
-    def delta_net(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "conv_weight": self.randn(self.channels, config.linear_conv_kernel_dim) / 2,
-            "a_log": torch.rand(self.value_heads, device=self.device) * 2,
-            "dt_bias": self.randn(self.value_heads, dtype=torch.float32),
-            "norm_weight": self.randn(config.linear_value_head_dim),
-            "eps": config.rms_norm_eps,
-        }
-
-    def states(self, slots: int) -> tuple[Tensor, Tensor, Callable[[], None]]:
-        """(conv [S, C, K - 1], state [S, HV, dk, dv] float32, what makes them as they were), slot 0 nobody's."""
-        config = self.config
-        conv = self.randn(slots + 1, self.channels, config.linear_conv_kernel_dim - 1)
-        heads = self.value_heads, config.linear_key_head_dim, config.linear_value_head_dim
-        state = self.randn(slots + 1, *heads, dtype=torch.float32)
-        originals = conv.clone(), state.clone()
-
-        def restore() -> None:
-            conv.copy_(originals[0])
-            state.copy_(originals[1])
-
-        return conv, state, restore
-
-    def state_bytes(self, reads: int) -> int:
-        """Of `reads` times one sequence's states."""
-        config = self.config
-        state = self.value_heads * config.linear_key_head_dim * config.linear_value_head_dim * 4
-        taps = config.linear_conv_kernel_dim - 1
-        return reads * (state + self.channels * taps * self.dtype.itemsize)
 
 
 def cases(rank: Rank) -> Iterator[Case]:

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from bench.clock import samples_us
 from bench.codec import from_plain, to_plain
-from bench.kernel_cases import Case, Rank, cases
+from bench.kernel_cases import Case, cases
+from bench.kernel_operands import Rank
 from bench.rates import cache_bytes
 from bench.result import KernelPart, KernelRow, KernelSpec
 from bench.stats import summarize

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bench.clock import samples_us
-from bench.kernel_cases import MAX_SETS, MIN_SETS, Case, Rank, cases
+from bench.kernel_cases import Case, cases
+from bench.kernel_operands import MAX_SETS, MIN_SETS, Rank
 from bench.torch_kernels import distance, measure
 from core_torch.kernels.native import Answer
 from shared_config.presets import with_layers

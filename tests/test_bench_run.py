@@ -148,6 +148,8 @@ def test_everything_on_cpu(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["model", "--preset", "80b", "--model", "x"], "give --model or --preset"),
+        (["kernels", "--preset", "80b", "--model", "x"], "give --model or --preset"),
+        (["kernels", "--model", "nowhere"], "no model config at nowhere"),
         (["model", "--preset", "80b", "--load-format", "safetensors"], "shapes only"),
         (["model", "--model", "nowhere"], "no model config at nowhere"),
         (["model", "--model", str(TINY), "--layers", "2"], "--layers cuts a preset"),

@@ -137,7 +137,7 @@ def test_every_norm_reduction_is_fused_and_counted(base: Any) -> None:
 
 def test_padded_passes_are_fused_too(reference: Any) -> None:
     """Rows that pad a pass to a power of two count where its reductions' memory is sized."""
-    small = SMALL | {"max_step_tokens": 20, "max_num_seqs": 3}
+    small: dict[str, Any] = SMALL | {"max_step_tokens": 20, "max_num_seqs": 3}
     with LLM(reference("base").folder, 2, fusion="on", backend="reference", **small) as llm:
         outputs = llm.generate([[3] * 20, [5] * 33], replace(GREEDY, max_tokens=2))
     assert all(output.reductions.unfused == 0 < output.reductions.fused for output in outputs)
