@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from bench.compare import compare_files
 from bench.launch import PartError
@@ -116,6 +117,20 @@ def check_model(args: argparse.Namespace) -> None:
         raise ValueError("--preset has shapes only: use --load-format dummy, or --model with a checkpoint")
 
 
+def shapes(args: argparse.Namespace, device: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """What `kernels` and `model` ask for alike."""
+    return {
+        "tp": args.tp,
+        "dtype": args.dtype,
+        "device": device,
+        "batches": args.batches or defaults["batches"],
+        "lengths": args.lengths or defaults["lengths"],
+        "repeats": args.repeats or defaults["repeats"],
+        "max_step_tokens": args.chunk or defaults["chunk"],
+        "page_size": PAGE_SIZE,
+    }
+
+
 def model_spec(args: argparse.Namespace, device: str) -> tuple[ModelSpec, str]:
     """The spec, and the checkpoint's folder ("" for a preset)."""
     model, preset, layers = args.model, args.preset, args.layers
@@ -125,21 +140,13 @@ def model_spec(args: argparse.Namespace, device: str) -> tuple[ModelSpec, str]:
         else:
             model = TINY
     name, config = model_config(model, preset, layers)
-    defaults = MODEL[device]
     spec = ModelSpec(
-        frameworks=args.frameworks,
-        tp=args.tp,
+        **shapes(args, device, MODEL[device]),
         name=name,
         hf_config=config,
+        frameworks=args.frameworks,
         load_format=args.load_format or ("dummy" if model is None else "safetensors"),
-        dtype=args.dtype,
-        device=device,
-        batches=args.batches or defaults["batches"],
-        lengths=args.lengths or defaults["lengths"],
-        decode_steps=args.decode_steps or defaults["steps"],
-        repeats=args.repeats or defaults["repeats"],
-        max_step_tokens=args.chunk or defaults["chunk"],
-        page_size=PAGE_SIZE,
+        decode_steps=args.decode_steps or MODEL[device]["steps"],
     )
     return spec, "" if model is None else str(model)
 
@@ -147,19 +154,7 @@ def model_spec(args: argparse.Namespace, device: str) -> tuple[ModelSpec, str]:
 def kernel_spec(args: argparse.Namespace, device: str) -> KernelSpec:
     preset = args.preset or ("80b" if args.model is None and device == "cuda" else None)
     name, config = model_config(args.model or (TINY if preset is None else None), preset, None)
-    defaults = KERNELS[device]
-    return KernelSpec(
-        tp=args.tp,
-        name=preset or name,
-        hf_config=config,
-        dtype=args.dtype,
-        device=device,
-        batches=args.batches or defaults["batches"],
-        lengths=args.lengths or defaults["lengths"],
-        repeats=args.repeats or defaults["repeats"],
-        max_step_tokens=args.chunk or defaults["chunk"],
-        page_size=PAGE_SIZE,
-    )
+    return KernelSpec(**shapes(args, device, KERNELS[device]), name=preset or name, hf_config=config)
 
 
 def run_bench(args: argparse.Namespace) -> int:
@@ -231,12 +226,16 @@ def run_readme(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    op, shapes, model = (add_frameworks, add_op), (add_shapes,), (add_shapes, add_frameworks, add_model)
+    op, kernels = (add_frameworks, add_op), (add_shapes,)
     for name, adders, help_text in (
         ("op", op, "the fused op against its alternatives, by number of tokens"),
-        ("kernels", shapes, "each own kernel against plain torch, beside its floor; on one device"),
-        ("model", model, "prefill and decode, fused and not, in all frameworks, beside the roofline"),
-        ("all", (*op, *shapes, add_model), "the three"),
+        ("kernels", kernels, "each own kernel against plain torch, beside its floor; on one device"),
+        (
+            "model",
+            (*kernels, add_frameworks, add_model),
+            "prefill and decode, fused and not, in all frameworks, beside the roofline",
+        ),
+        ("all", (*op, *kernels, add_model), "the three"),
     ):
         command = commands.add_parser(name, help=help_text)
         for add in (add_common, *adders):

@@ -2,7 +2,7 @@
 
 <!-- results:op -->      the reduction by number of tokens
 <!-- results:prefill --> <!-- results:decode -->      the model; <!-- results:all_decode --> in all frameworks
-<!-- results:kernels -->     the own kernels of a decode step
+<!-- results:kernels -->     the own kernels, of a decode step and of a pass of prefill
 <!-- /results:op -->     (and so on) ends a section
 """
 

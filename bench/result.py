@@ -104,23 +104,17 @@ class OpPart:
 
 
 @dataclass(frozen=True)
-class ModelSpec:
-    """What `model` measures. `name` is the preset or the checkpoint folder's name, `hf_config` its config.
+class Shapes:
+    """A model and the sizes that are measured. `name` is the preset or the checkpoint folder's name, `hf_config` its
+    config; `lengths` are of the prompts, and of the context in decode."""
 
-    A cell of the grid is a batch of prompts of one length: prefilled `repeats` times, then decoded `repeats` times
-    for `decode_steps` steps, with fusion and without in turn; as many more are counted and profiled.
-    """
-
-    frameworks: tuple[str, ...]
     tp: int
     name: str
     hf_config: dict[str, Any]
-    load_format: str
     dtype: str
     device: str
     batches: tuple[int, ...]
     lengths: tuple[int, ...]
-    decode_steps: int
     repeats: int
     max_step_tokens: int
     page_size: int
@@ -128,6 +122,19 @@ class ModelSpec:
     @property
     def config(self) -> Qwen3NextConfig:
         return replace(Qwen3NextConfig.from_hf(self.hf_config), dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class ModelSpec(Shapes):
+    """What `model` measures.
+
+    A cell of the grid is a batch of prompts of one length: prefilled `repeats` times, then decoded `repeats` times
+    for `decode_steps` steps, with fusion and without in turn; as many more are counted and profiled.
+    """
+
+    frameworks: tuple[str, ...]
+    load_format: str
+    decode_steps: int
 
     @property
     def vocab_size(self) -> int:
@@ -213,27 +220,12 @@ class ModelPart:
 
 
 @dataclass(frozen=True)
-class KernelSpec:
+class KernelSpec(Shapes):
     """What `kernels` measures, on one device: the project's own kernels with the shapes of one of `tp` ranks.
 
     Decode steps are of `batches` sequences, passes of prefill of one prompt and of as many as fit into
-    `max_step_tokens`. `lengths`: of the prompts, and of the context in decode.
+    `max_step_tokens`.
     """
-
-    tp: int
-    name: str
-    hf_config: dict[str, Any]
-    dtype: str
-    device: str
-    batches: tuple[int, ...]
-    lengths: tuple[int, ...]
-    repeats: int
-    max_step_tokens: int
-    page_size: int
-
-    @property
-    def config(self) -> Qwen3NextConfig:
-        return replace(Qwen3NextConfig.from_hf(self.hf_config), dtype=self.dtype)
 
     @property
     def passes(self) -> tuple[tuple[int, int], ...]:
@@ -323,5 +315,10 @@ class Result:
 def _as_of_today(plain: dict[str, Any]) -> dict[str, Any]:
     """With what files of this version lack that were written before there was such a thing."""
     no_pair = {"above": 0, "max_bytes": 0, "source": "there was no pair_allreduce"}
-    decisions = {name: {"pair": no_pair, **decision} for name, decision in plain.get("decisions", {}).items()}
+    decisions = plain.get("decisions")
+    if isinstance(decisions, dict):
+        decisions = {
+            name: {"pair": no_pair, **decision} if isinstance(decision, dict) else decision
+            for name, decision in decisions.items()
+        }
     return {"kernel_spec": None, "kernels": [], **plain, "decisions": decisions}

@@ -54,9 +54,14 @@ class FusionDecision:
     hidden_size: int
     layout: ParallelLayout
 
+    @property
+    def max_fused_bytes(self) -> int:
+        """Of one call, in whichever kernel."""
+        return self.pair.max_bytes or self.max_bytes
+
     def max_tokens(self, itemsize: int) -> int:
         """The most tokens of `itemsize`-byte elements that one call may fuse."""
-        return self._tokens(self.pair.max_bytes or self.max_bytes, itemsize)
+        return self._tokens(self.max_fused_bytes, itemsize)
 
     def max_backend_tokens(self, itemsize: int) -> int:
         """The most tokens for which the backend's kernel is taken; `pair_allreduce` takes more, where it takes any."""
@@ -96,8 +101,7 @@ class FusionDecision:
         elif num_tokens < 1:
             refusal = "the batch has no tokens"
         elif num_tokens > limit:
-            max_bytes = self.pair.max_bytes or self.max_bytes
-            refusal = f"num_tokens {num_tokens} is above the limit of {limit} ({max_bytes} bytes)"
+            refusal = f"num_tokens {num_tokens} is above the limit of {limit} ({self.max_fused_bytes} bytes)"
         elif group == 1:
             refusal = f"the {side} group has one rank: nothing to reduce"
         elif owed_ranks is not None and op_ranks is not None and sorted(owed_ranks) != sorted(op_ranks):

@@ -283,7 +283,7 @@ def print_report(explanation: Explanation, console: Console) -> None:
         console.print()
 
     pair, most = decision.pair, decision.max_tokens(model.itemsize)
-    limit = f"limit: up to {most} tokens ({pair.max_bytes or decision.max_bytes} bytes) a call"
+    limit = f"limit: up to {most} tokens ({decision.max_fused_bytes} bytes) a call"
     if pair.max_bytes:
         above = f"{decision.max_backend_tokens(model.itemsize)} tokens ({pair.above} bytes)"
         console.print(

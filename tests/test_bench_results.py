@@ -102,6 +102,8 @@ def _set(plain: Any, place: str, value: Any) -> None:
         ),
         ("decisions/torch op/rules/0/value", [], "value must be of type str"),
         ("model", {}, "Result.model must be of type list"),
+        ("decisions", [], "Result.decisions must be of type dict"),
+        ("decisions/torch op", 3, r"decisions\['torch op'\] must be of type dict, got 3"),
         ("typo", 1, r"unknown \['typo'\]"),
     ],
 )

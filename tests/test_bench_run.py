@@ -136,8 +136,9 @@ def test_everything_on_cpu(tmp_path: Path) -> None:
     }
     for row in loaded.kernels:
         assert row.timing is None, "nothing is compiled for a CPU"
-        assert row.floor_us
-        assert row.plain.median_us > row.floor_us > 0
+        rates = loaded.machine.rates
+        floor_s = max(row.memory_bytes / rates.memory_bytes_per_s, row.flops / rates.flops_per_s)
+        assert row.floor_us == pytest.approx(1e6 * floor_s)  # a CPU's cache may well be faster
 
     assert {file.name for file in out.iterdir()} == {"result.json", "op.png", "prefill.png", "decode.png"}
     last = json.loads(done.stdout.splitlines()[-1])

@@ -7,6 +7,7 @@ T tokens, D hidden.
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -105,8 +106,7 @@ class ReferenceBuffers:
 class FlashInferBuffers:
     """A FlashInfer workspace, `trtllm` or `mnnvl`, on one GPU (on the CPU with a stand-in for FlashInfer).
 
-    It takes up to `most_tokens`, where that is given; calls of more are the project's own kernel's, with memory of its
-    own.
+    It takes up to `most_tokens`; calls of more are the project's own kernel's, with memory of its own.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class FlashInferBuffers:
         dtype: torch.dtype,
         device: torch.device,
         group: dist.ProcessGroup | None,
-        most_tokens: int | None = None,
+        most_tokens: int = sys.maxsize,
     ) -> None:
         self._api = api
         self._most_tokens = most_tokens
@@ -135,14 +135,14 @@ class FlashInferBuffers:
         self._folded: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
 
     def probe(self, max_tokens: int) -> None:
-        most = self._share(max_tokens)
+        most, long = min(max_tokens, self._most_tokens), max_tokens > self._most_tokens
         sizes = buffer_bytes(self._world_size, most, self._hidden_size, self._dtype)
-        if max_tokens > most:
+        if long:
             sizes = (*sizes, pair_bytes(max_tokens, self._hidden_size))
         with _current(self._device):
             if self._backend == "trtllm":
                 self._api.kernel()
-            if max_tokens > most:
+            if long:
                 native.load("pair_allreduce", self._device)
             torch.cuda.empty_cache()
             try_allocation(sizes, self._device.index)
@@ -154,10 +154,10 @@ class FlashInferBuffers:
                 comm,
                 hidden_size=self._hidden_size,
                 dtype=self._dtype,
-                max_tokens=self._share(max_tokens),
+                max_tokens=min(max_tokens, self._most_tokens),
                 group=self._group,
             )
-            if max_tokens > self._share(max_tokens):
+            if max_tokens > self._most_tokens:
                 self._pair = PairMemory(
                     comm, max_tokens=max_tokens, hidden_size=self._hidden_size, device=self._device
                 )
@@ -173,7 +173,7 @@ class FlashInferBuffers:
         out_normed: Tensor,
         trigger_completion_at_end: bool = True,
     ) -> None:
-        if self._pair is not None and partial.shape[0] > self._share(partial.shape[0]):
+        if self._pair is not None and partial.shape[0] > self._most_tokens:
             self._pair.run(partial, residual, weight, eps, weight_bias, out_residual, out_normed)
             return
         if weight_bias != 0.0 and not self._api.takes_weight_bias:
@@ -195,7 +195,7 @@ class FlashInferBuffers:
             raise ValueError(f"only the trtllm backend has a raw kernel, this is {self._backend!r}")
         kernel = self._api.kernel()
         if self._pair is not None:
-            kernel = self._pair.beside(kernel, self._share(self._pair.max_tokens))
+            kernel = self._pair.beside(kernel, self._most_tokens)
         return RawKernel(kernel, self._workspace.workspace_tensor, self._world_size, self._workspace.rank)
 
     def destroy(self) -> None:
@@ -212,10 +212,6 @@ class FlashInferBuffers:
                 self._pair.destroy()
                 self._pair = None
             torch.cuda.empty_cache()
-
-    def _share(self, num_tokens: int) -> int:
-        """As many of them as a call of FlashInfer's kernel may have."""
-        return num_tokens if self._most_tokens is None else min(num_tokens, self._most_tokens)
 
     def _fold(self, weight: Tensor, weight_bias: float) -> Tensor:
         """`fold_weight`, once per weight: weights are constants after loading."""

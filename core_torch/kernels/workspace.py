@@ -11,6 +11,7 @@ their own.
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable
 from types import TracebackType
 
@@ -55,7 +56,7 @@ class Workspace:
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        most_tokens: int | None = None,
+        most_tokens: int = sys.maxsize,
     ) -> None:
         self.backend = backend
         self.world_size = comm.Get_size()
@@ -68,7 +69,7 @@ class Workspace:
         # asks (cudaGridDependencySynchronize); kernels launched without PDL always do.
         self.max_early_tokens = 0
         self.closed = False
-        self._most_tokens = most_tokens  # of the backend's own kernel, where it does not take all
+        self._most_tokens = most_tokens  # that the backend's own kernel takes
         self._make_buffers = make_buffers
         self._comm = comm
         self._all_ranks = all_ranks
@@ -194,7 +195,7 @@ class Workspace:
                 hidden_size=self.hidden_size,
                 dtype=self.dtype,
                 device=self.device,
-                token_counts=selftest.token_counts(max_tokens, self._most_tokens or max_tokens),
+                token_counts=selftest.token_counts(max_tokens, self._most_tokens),
             )
         )
         self._agree("preparing the self-test", prepared, buffers)
@@ -247,7 +248,7 @@ def open_workspace(
     if decision.backend == "reference" and device_group is None and make_buffers is None:
         raise ValueError("the reference backend needs device_group, got None")
     world_size = comm.Get_size()
-    most_tokens = decision.max_backend_tokens(dtype.itemsize) if decision.pair.max_bytes else None
+    most_tokens = decision.max_backend_tokens(dtype.itemsize) if decision.pair.max_bytes else sys.maxsize
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
