@@ -39,7 +39,7 @@ class Spans:
 
     `rows` are the flat rows of each chunk's tokens (padding points at row 0), `places` the way back: row t is
     element `places[t]` of the chunks laid out as [S * C]. `sequences` and `pieces` are the tables of `gdn_prefill`, in
-    which the rows that pad the pass are one more sequence, and pieces behind a sequence's end fill up.
+    which the rows that pad the pass are one more sequence, and empty pieces fill up.
     """
 
     starts: Int32[Array, " S"]
@@ -47,7 +47,7 @@ class Spans:
     rows: Int32[Array, "S C"]
     places: Int32[Array, " T"]
     sequences: Int32[Array, "S+1 5"]
-    pieces: Int32[Array, "N 2"]
+    pieces: Int32[Array, "N 4"]
     fresh: bool = field(metadata={"static": True})  # every chunk is its sequence's first
 
     def split(self, x: Shaped[Array, "T ..."]) -> Shaped[Array, "S C ..."]:
@@ -215,5 +215,4 @@ def _tables(counts: Any, slots: Any, starts: Any, T: int) -> tuple[Any, Any]:
         [_Piece(int(first), *map(int, rest)) for first, rest in zip(firsts, sizes, strict=True)]
     )
     room = T // CHUNK + len(sequences)  # a sequence's last piece may be short
-    nothing = np.tile(np.array([0, T], np.int32), (room - len(pieces), 1))
-    return sequences, np.concatenate((pieces, nothing))
+    return sequences, np.pad(pieces, ((0, room - len(pieces)), (0, 0)))

@@ -61,7 +61,7 @@ def gdn() -> dict[str, Any]:
             named = dict(zip(NAMES, weights, strict=True))
             out = torch_gdn.gdn_prefill(projected, conv, state, chunks, **named, eps=EPS)
             # More pieces than there are, as in a padded pass.
-            past = torch.tensor([[0, first]], dtype=torch.int32, device=GPU).expand(3, 2)
+            past = chunks.chunks.new_zeros(3, 4)
             tables = on_jax(chunks.sequences, torch.cat((chunks.chunks, past)))
             got, *caches = step(*on_jax(projected), *caches, *tables, *on_xla)
             counts += different((got, *caches), (out, conv, state))

@@ -66,7 +66,8 @@ def gdn_of_chunks(
     for first, rows, slot, goes_on, first_chunk in chunks.sequences.tolist():
         pieces.append(Span(first, rows, goes_on, slot))
         assert first_chunk == len(found)
-        found += [[len(pieces) - 1, at] for at in range(0, rows, 64)]
+        for at in range(0, rows, 64):
+            found.append([first + at, min(64, rows - at), at, len(pieces) - 1])
     assert chunks.chunks.tolist() == found
     return gdn_prefill_plain(projected, conv, state, pieces, **weights)
 

@@ -91,12 +91,18 @@ def test_padding_is_one_more_sequence_and_spare_pieces_do_nothing() -> None:
     assert spans is not None
     assert not spans.fresh
     assert np.asarray(spans.sequences).tolist() == [[0, 70, 2, 0, 0], [70, 10, 1, 1, 2], [80, 48, 0, 0, 3]]
-    assert np.asarray(spans.pieces).tolist() == [[0, 0], [0, 64], [1, 0], [2, 0], [0, 128]]
+    assert np.asarray(spans.pieces).tolist() == [
+        [0, 64, 0, 0],
+        [64, 6, 64, 0],
+        [70, 10, 0, 1],
+        [80, 48, 0, 2],
+        [0, 0, 0, 0],
+    ]
     again = build_batch(Step(True, (Chunk(first, 0, 64, False),)), page_size=16).spans
     assert again is not None
     assert again.fresh
     assert np.asarray(again.sequences).tolist() == [[0, 64, 2, 0, 0], [64, 0, 0, 0, 1]]
-    assert np.asarray(again.pieces).tolist() == [[0, 0], [0, 64], [0, 64]]
+    assert np.asarray(again.pieces).tolist() == [[0, 64, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
 
 
 def test_fresh_attention_is_what_the_pages_would_give(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,13 @@ def test_chunks_never_cross_the_end_of_a_sequence() -> None:
     spans = [Span(0, 130, 0, 3), Span(130, 1, 7, 1), Span(131, 64, 0, 2)]
     found = cut_into_chunks(spans, CPU)
     assert found.sequences.tolist() == [[0, 130, 3, 0, 0], [130, 1, 1, 1, 3], [131, 64, 2, 0, 4]]
-    assert found.chunks.tolist() == [[0, 0], [0, 64], [0, 128], [1, 0], [2, 0]]
+    assert found.chunks.tolist() == [
+        [0, 64, 0, 0],
+        [64, 64, 64, 0],
+        [128, 2, 128, 0],
+        [130, 1, 0, 1],
+        [131, 64, 0, 2],
+    ]
     assert found.sequences.dtype == found.chunks.dtype == torch.int32
     assert found.sequences.is_contiguous()
     assert found.chunks.is_contiguous()

@@ -23,6 +23,8 @@ from core_torch.kernels.triton_kernels import Launch, check_triton, launch
 
 HEAD_DIMS, MAX_HEADS, CHUNK = (16, 32, 64, 128), 64, 64
 MIX_ROWS = 16  # of a chunk and a head that one program convolves; TAPS - 1 at least
+# Of a thread, at most: programs that wait a lot, so that more of them at a time are worth a few spills.
+MIX_REGISTERS, SOLVE_REGISTERS, FINISH_REGISTERS = 128, 160, 168
 FEW_PROGRAMS = 128  # about as many as a GPU runs side by side
 
 
@@ -61,19 +63,20 @@ class Chunks:
     """What the kernels of a pass work through, made once for all layers: int32 on the device (see `jit`)."""
 
     sequences: Tensor  # [S, 5]
-    chunks: Tensor  # [N, 2]
+    chunks: Tensor  # [N, 4]
 
 
 def chunk_tables(pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
-    """(sequences [S, 5], chunks [N, 2]) int32: chunks of CHUNK rows that never cross a sequence's end."""
+    """(sequences [S, 5], chunks [N, 4]) int32: chunks of CHUNK rows that never cross a sequence's end."""
     counts = np.array([piece.num_tokens for piece in pieces], dtype=np.int32)
     per_piece = -(-counts // CHUNK)
     first_chunk = np.cumsum(per_piece, dtype=np.int32) - per_piece
     rows = [(p.first, p.num_tokens, p.slot, p.start > 0) for p in pieces]
     sequences = np.column_stack((np.array(rows, dtype=np.int32), first_chunk))
     sequence = np.repeat(np.arange(len(pieces), dtype=np.int32), per_piece)
-    at = (np.arange(len(sequence), dtype=np.int32) - first_chunk[sequence]) * CHUNK
-    return sequences, np.column_stack((sequence, at))
+    before = (np.arange(len(sequence), dtype=np.int32) - first_chunk[sequence]) * CHUNK
+    first = sequences[sequence, 0] + before
+    return sequences, np.column_stack((first, np.minimum(counts[sequence] - before, CHUNK), before, sequence))
 
 
 def cut_into_chunks(pieces: Sequence[Piece], device: torch.device) -> Chunks:
@@ -141,16 +144,22 @@ def launches(
     how = partial(Launch, "gdn_prefill")
     gates = {"TAPS": taps, "ROWS": MIX_ROWS, "BLOCK_H": 1 << (HV - 1).bit_length()}
     return Launches(
-        mix=how("mix", (N * (CHUNK // MIX_ROWS), 2 * H + HV + 1), {"STRIDE": stride, **sizes, **gates}),
+        mix=how(
+            "mix",
+            (N * (CHUNK // MIX_ROWS), 2 * H + HV + 1),
+            {"STRIDE": stride, **sizes, **gates},
+            warps=2,
+            registers=MIX_REGISTERS,
+        ),
         keep_inputs=how(
             "keep_inputs",
             (S, -(-channels // block)),
             {"STRIDE": stride, "CH": channels, "TAPS": taps, "BLOCK": block},
             warps=2,
         ),
-        solve=how("solve", (N, HV), sizes),
+        solve=how("solve", (N, HV), sizes, registers=SOLVE_REGISTERS),
         carry=how("carry", (HV * (dim // columns), S), {**sizes, "COLS": columns}, carry.warps, carry.stages),
-        finish=how("finish", (N, HV), {"STRIDE": stride, **sizes}),
+        finish=how("finish", (N, HV), {"STRIDE": stride, **sizes}, registers=FINISH_REGISTERS),
     )
 
 
@@ -175,7 +184,6 @@ def gdn_prefill(
     HV, dim = state.shape[1:3]
     channels, taps = conv.shape[1], conv.shape[2] + 1
     H, S, N = (channels // dim - HV) // 2, len(chunks.sequences), len(chunks.chunks)
-    tables = (chunks.chunks, chunks.sequences)
     mixed, out = projected.new_empty(T, channels), projected.new_empty(T, HV * dim)
     decay, beta = (projected.new_empty(T, HV, dtype=torch.float32) for _ in range(2))
     reads, values = (projected.new_empty(T, HV, dim) for _ in range(2))
@@ -191,11 +199,13 @@ def gdn_prefill(
         num_chunks=N,
         carry=carry,
     )
-    launch(run.mix, projected, *gates, mixed, decay, beta, *tables)
+    launch(run.mix, projected, *gates, mixed, decay, beta, chunks.chunks, chunks.sequences)
     launch(run.keep_inputs, projected, conv, chunks.sequences)
-    launch(run.solve, mixed, decay, beta, reads, values, *tables)
+    launch(run.solve, mixed, decay, beta, reads, values, chunks.chunks)
     launch(run.carry, mixed, decay, reads, values, before, state, chunks.sequences)
-    launch(run.finish, projected, mixed, decay, values, before, norm_weight, out, *tables, dim**-0.5, eps)
+    launch(
+        run.finish, projected, mixed, decay, values, before, norm_weight, out, chunks.chunks, dim**-0.5, eps
+    )
     return out
 
 

@@ -49,6 +49,7 @@ class Launch:
     sizes: dict[str, int]
     warps: int = 4
     stages: int = 3
+    registers: int | None = None  # of a thread, at most
     ready: dict[Any, Any] = field(
         default_factory=dict, repr=False, compare=False
     )  # functions, by operands' types
@@ -57,9 +58,8 @@ class Launch:
         """For tensors of these dtypes ("bfloat16"), and scalars behind them."""
         types = [POINTERS[dtype] for dtype in dtypes]
         types += ["fp32" if isinstance(x, float) else "i32" for x in scalars]
-        return Kernel(
-            self.module, self.name, tuple(types), tuple(self.sizes.items()), self.warps, self.stages
-        )
+        sizes = tuple(self.sizes.items())
+        return Kernel(self.module, self.name, tuple(types), sizes, self.warps, self.stages, self.registers)
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Kernel:
     sizes: tuple[tuple[str, int], ...]
     warps: int
     stages: int
+    registers: int | None
 
     @property
     def num_tensors(self) -> int:
@@ -201,7 +202,11 @@ def build(kernel: Kernel, arch: str, folder: Path) -> Path:
     compiled = triton.compile(
         compiler.ASTSource(source, signature, constexprs=sizes, attrs=aligned),
         target=backend.GPUTarget("cuda", 10 * int(major) + int(minor), 32),
-        options={"num_warps": kernel.warps, "num_stages": kernel.stages},
+        options={
+            "num_warps": kernel.warps,
+            "num_stages": kernel.stages,
+            "maxnreg": kernel.registers,
+        },
     )
     metadata = compiled.metadata
     if metadata.global_scratch_size:

@@ -22,7 +22,7 @@ def gdn_prefill(
     conv: Float[Array, "slots X K-1"],
     state: Float[Array, "slots HV dk dv"],
     sequences: Int32[Array, "S 5"],
-    chunks: Int32[Array, "N 2"],
+    chunks: Int32[Array, "N 4"],
     *,
     conv_weight: Float[Array, "X K"],
     a_log: Float[Array, " HV"],
@@ -34,7 +34,7 @@ def gdn_prefill(
     """(what the output projection takes, conv, state). projected: q, k, v, z, b, a.
 
     Takes what `core_torch.kernels.gdn_prefill.check_gdn_prefill` says. Every row must be some sequence's; the tables
-    are those of `core_torch.kernels.gdn_prefill.chunk_tables`, and chunks behind a sequence's end do nothing.
+    are those of `core_torch.kernels.gdn_prefill.chunk_tables`, and chunks of zeros do nothing.
     """
     (T, width), (HV, dim) = projected.shape, state.shape[1:3]
     channels, taps = conv.shape[1], conv.shape[2] + 1
@@ -52,13 +52,13 @@ def gdn_prefill(
         return jax.ShapeDtypeStruct(shape, dtype)
 
     gate, heads = new(T, HV, dtype=jnp.dtype("float32")), new(T, HV, dim)
-    weights, tables = (conv_weight, a_log, dt_bias), (chunks, sequences)
+    weights = conv_weight, a_log, dt_bias
     mixed, decay, beta = launch(
-        run.mix, device, projected, conv, *weights, new(T, channels), gate, gate, *tables
+        run.mix, device, projected, conv, *weights, new(T, channels), gate, gate, chunks, sequences
     )
     # `mix` reads what lay in `conv` before.
     (conv,) = launch(run.keep_inputs, device, projected, Changed(conv), sequences, after=(mixed,))
-    reads, values = launch(run.solve, device, mixed, decay, beta, heads, heads, *tables)
+    reads, values = launch(run.solve, device, mixed, decay, beta, heads, heads, chunks)
     values, before, state = launch(
         run.carry,
         device,
@@ -80,7 +80,7 @@ def gdn_prefill(
         before,
         norm_weight,
         new(T, HV * dim),
-        *tables,
+        chunks,
         scalars=(dim**-0.5, eps),
     )
     return out, conv, state

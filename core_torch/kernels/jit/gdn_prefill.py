@@ -4,8 +4,8 @@ Shapes: T rows of all sequences, S sequences, N chunks of C = 64 rows of one seq
 heads, HV value heads, dk = dv = DIM head dims, K taps, CH = (2 H + HV) DIM channels; `STRIDE` is the width of a row of
 the projection: q, k, v, z, b, a. `mixed` [T, CH] are q, k, v after the convolution, q and k with length one.
 
-sequences [S, 5]: first row, rows, slot, whether it goes on from what the slot holds, first chunk. chunks [N, 2]:
-sequence, its row that the chunk begins at.
+sequences [S, 5]: first row, rows, slot, whether it goes on from what the slot holds, first chunk. chunks [N, 4]: first
+row, rows (0: nothing to do), how many rows of its sequence lie before it, sequence.
 
 Within a chunk, with G the sum of log decays from its start and A_ij = beta_i exp(G_i - G_j) k_i k_j for i > j,
 (I + A) solves for the corrections: v' = (I + A)^-1 (beta v - beta exp(G) k S), S the state that the chunk begins with
@@ -21,13 +21,9 @@ SQUARE = tl.constexpr(16)  # rows that are solved one after another; four such b
 
 
 @triton.jit
-def _chunk(chunks, sequences, chunk):
-    """(first row of the chunk's sequence, its rows, the row of it that the chunk begins at, sequence)."""
-    sequence = tl.load(chunks + chunk * 2)
-    at = tl.load(chunks + chunk * 2 + 1)
-    first = tl.load(sequences + sequence * 5).to(tl.int64)
-    count = tl.load(sequences + sequence * 5 + 1)
-    return first, count, at, sequence
+def _rows(chunks, chunk):
+    """(first row of the chunk, its rows)."""
+    return tl.load(chunks + chunk * 4).to(tl.int64), tl.load(chunks + chunk * 4 + 1)
 
 
 @triton.jit
@@ -56,12 +52,13 @@ def mix(
     parts: tl.constexpr = C // ROWS
     block = tl.program_id(1)
     part = tl.program_id(0) % parts
-    first, count, at, sequence = _chunk(chunks, sequences, tl.program_id(0) // parts)
+    chunk = tl.program_id(0) // parts
+    first, count = _rows(chunks, chunk)
     CH: tl.constexpr = (2 * H + HV) * DIM
     if block == 2 * H + HV:
         if part > 0:
             return
-        row = at + tl.arange(0, C)
+        row = tl.arange(0, C)
         live = row < count
         rows = first + row
         head = tl.arange(0, BLOCK_H)
@@ -77,22 +74,25 @@ def mix(
         tl.store(beta + rows[:, None] * HV + head[None, :], tl.sigmoid(b), mask=kept)
         return
     channel = block * DIM + tl.arange(0, DIM)
-    row = at + part * ROWS + tl.arange(0, ROWS)
+    before = tl.load(chunks + chunk * 4 + 2)  # rows of the sequence
+    row = part * ROWS + tl.arange(0, ROWS)
     live = row < count
     rows = first + row
+    row += before
     total = tl.zeros([ROWS, DIM], tl.float32)
     for back in tl.static_range(TAPS):
         weight = tl.load(conv_weight + channel * TAPS + (TAPS - 1 - back)).to(tl.float32)
         kept = (live & (row >= back))[:, None]
         x = tl.load(projected + (rows - back)[:, None] * STRIDE + channel[None, :], mask=kept, other=0.0)
         total += x.to(tl.float32) * weight[None, :]
-    if (at + part == 0) & (tl.load(sequences + sequence * 5 + 3) > 0):
-        slot = tl.load(sequences + sequence * 5 + 2).to(tl.int64)
-        before = conv + (slot * CH + channel)[None, :] * (TAPS - 1)
+    sequence = sequences + tl.load(chunks + chunk * 4 + 3) * 5
+    if (before + part == 0) & (tl.load(sequence + 3) > 0):
+        slot = tl.load(sequence + 2).to(tl.int64)
+        kept_inputs = conv + (slot * CH + channel)[None, :] * (TAPS - 1)
         for back in tl.static_range(1, TAPS):
             weight = tl.load(conv_weight + channel * TAPS + (TAPS - 1 - back)).to(tl.float32)
             kept = (live & (row < back))[:, None]
-            x = tl.load(before + (row - back + TAPS - 1)[:, None], mask=kept, other=0.0)
+            x = tl.load(kept_inputs + (row - back + TAPS - 1)[:, None], mask=kept, other=0.0)
             total += x.to(tl.float32) * weight[None, :]
     value = total * tl.sigmoid(total)
     if block < 2 * H:
@@ -135,7 +135,6 @@ def solve(
     reads,
     values,
     chunks,
-    sequences,
     H: tl.constexpr,
     HV: tl.constexpr,
     DIM: tl.constexpr,
@@ -143,10 +142,10 @@ def solve(
 ):
     """reads [T, HV, DIM] = (I + A)^-1 (beta exp(G) k), values [T, HV, DIM] = (I + A)^-1 (beta v)."""
     head = tl.program_id(1)
-    first, count, at_row, _sequence = _chunk(chunks, sequences, tl.program_id(0))
+    first, count = _rows(chunks, tl.program_id(0))
     i = tl.arange(0, C)
-    live = at_row + i < count
-    rows = first + at_row + i
+    live = i < count
+    rows = first + i
     dim = tl.arange(0, DIM)
     CH: tl.constexpr = (2 * H + HV) * DIM
     BLOCKS: tl.constexpr = C // SQUARE
@@ -252,7 +251,6 @@ def finish(
     norm_weight,
     out,
     chunks,
-    sequences,
     scale,
     eps,
     STRIDE: tl.constexpr,
@@ -264,10 +262,10 @@ def finish(
     """out [T, HV DIM] = norm((q S exp(G) + tril(q k exp(G_i - G_j)) v') * scale) * norm_weight * silu(z)."""
     head = tl.program_id(1)
     chunk = tl.program_id(0)
-    first, count, at_row, _sequence = _chunk(chunks, sequences, chunk)
+    first, count = _rows(chunks, chunk)
     i = tl.arange(0, C)
-    live = at_row + i < count
-    rows = first + at_row + i
+    live = i < count
+    rows = first + i
     dim = tl.arange(0, DIM)
     kept = live[:, None]
     CH: tl.constexpr = (2 * H + HV) * DIM
