@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from core_torch.kernels.allreduce import ReduceGroup
+from core_torch.kernels.moe_prefill import ChoiceParts
 
 
 class DebtError(RuntimeError):
@@ -16,24 +17,32 @@ class DebtError(RuntimeError):
 
 
 class PartialSum:
-    """This rank's part [T, D] of a sum over `group`, to be taken exactly once."""
+    """This rank's part [T, D] of a sum over `group`, to be taken exactly once.
+
+    The part of many tokens' experts comes before a token's choices are added: who reduces it may do that too.
+    """
 
     open_debts = 0  # of this process; the model checks it at the end of a forward pass
 
-    def __init__(self, tensor: torch.Tensor, group: ReduceGroup) -> None:
-        self._tensor: torch.Tensor | None = tensor
+    def __init__(self, part: torch.Tensor | ChoiceParts, group: ReduceGroup) -> None:
+        self._part: torch.Tensor | ChoiceParts | None = part
         self.group = group
         PartialSum.open_debts += 1
 
     def take(self) -> torch.Tensor:
         """The part, handed to whoever reduces it. Raises DebtError the second time."""
-        if self._tensor is None:
+        part = self.take_as_it_is()
+        return part.sum() if isinstance(part, ChoiceParts) else part
+
+    def take_as_it_is(self) -> torch.Tensor | ChoiceParts:
+        """`take` for who can add a token's choices."""
+        if self._part is None:
             raise DebtError(
                 f"the sum owed over group {self.group.name!r} was taken already: it would be paid twice"
             )
-        tensor, self._tensor = self._tensor, None
+        part, self._part = self._part, None
         PartialSum.open_debts -= 1
-        return tensor
+        return part
 
     def __add__(self, other: PartialSum) -> PartialSum:
         """Both parts as one debt (routed and shared experts, before their one reduction)."""

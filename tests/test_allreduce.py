@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from core_torch.kernels import moe_prefill
 from core_torch.kernels.allreduce import ReduceGroup, all_reduce, allreduce_residual_rmsnorm, fused, unfused
 from core_torch.kernels.comm import GlooComm, SingleComm
 from core_torch.kernels.contract import add_rmsnorm, sum_in_rank_order
+from core_torch.kernels.counts import ReductionCounts
+from core_torch.kernels.moe_prefill import ChoiceParts
 from core_torch.kernels.norm import rms_norm, rms_norm_reference
 from core_torch.kernels.workspace import Workspace, open_workspace
 from shared_config import FlashInferInfo, FusionDecision
@@ -104,6 +111,47 @@ def test_every_way_to_pay_keeps_the_contract(ranks: Pools, world_size: int):
             assert worst <= TOLERANCE[case[1]], case
     for other in results[1:]:
         assert all(torch.equal(*pair) for pair in zip(results[0]["outputs"], other["outputs"], strict=True))
+
+
+def pay_choices(mode: str) -> list[bool]:
+    """Parts of two choices a token where no kernel adds them, with a plain `combine` in the compiled one's place."""
+    rank, equal = dist.get_rank(), []
+    decision = decide(2, max_tokens=LIMIT, itemsize=2, mode=mode)
+
+    def combine(parts: Tensor, experts: Tensor, *, num_experts: int) -> Tensor:
+        assert num_experts == 1
+        return parts.unflatten(0, experts.shape).float().sum(1).to(parts.dtype)
+
+    with mock.patch.object(moe_prefill, "combine", combine), ExitStack() as stack:
+        workspace = stack.enter_context(open_reference(decision, torch.bfloat16)) if mode == "on" else None
+        group = reduce_group(decision, workspace)
+        pay = partial(allreduce_residual_rmsnorm, group=group, eps=EPS, weight_bias=1.0)
+        for num_tokens in TOKENS:
+            part, residual, weight = operands(num_tokens, rank, torch.bfloat16)
+            choices = ChoiceParts(
+                torch.stack((part / 4, part / 2), dim=1).flatten(0, 1), torch.zeros(num_tokens, 2).int(), 1
+            )
+            for stream in (residual, None):
+                want, got = pay(choices.sum(), stream, weight), pay(choices, stream, weight)
+                equal += [torch.equal(*pair) for pair in zip(got, want, strict=True)]
+        part, residual, weight = operands(3, rank, torch.bfloat16)
+        choices = ChoiceParts(part, torch.zeros(3, 1).int(), 1)
+        alone = replace(group, ranks=(rank,), rank=0, workspace=None, counts=ReductionCounts())
+        equal.append(torch.equal(pay(choices, residual, weight, group=alone)[0], residual + part))
+        with pytest.raises(ValueError, match=r"residual must have shape \(3, 64\) .* got \(2, 64\)"):
+            pay(choices, residual[:2], weight)
+        with pytest.raises(ValueError, match=r"a row for each of experts \(3, 2\), got 3"):
+            pay(replace(choices, experts=torch.zeros(3, 2).int()), residual, weight)
+        payments = 4 * len(TOKENS)
+        counts = (payments, 0) if mode == "on" else (0, payments)
+        assert (group.counts.fused, group.counts.unfused) == counts
+    return equal
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_choices_are_added_first_where_no_kernel_does(ranks: Pools, mode: str):
+    for equal in ranks(2).run(pay_choices, mode):
+        assert all(equal)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,7 +12,7 @@ import torch
 
 from core_torch import LLM, SamplingParams
 from core_torch.batch import Span
-from core_torch.kernels import allreduce, moe
+from core_torch.kernels import allreduce, moe, moe_prefill
 from core_torch.kernels import attention as plain_attention
 from core_torch.kernels.choice import KernelOptions, WarmsUp, describe
 from core_torch.kernels.contract import add_rmsnorm
@@ -20,6 +20,7 @@ from core_torch.kernels.flash_prefill import Ragged
 from core_torch.kernels.gdn_decode import gdn_decode_plain
 from core_torch.kernels.gdn_prefill import Chunks, gdn_prefill_plain
 from core_torch.kernels.moe_decode import Routing
+from core_torch.kernels.moe_prefill import ChoiceParts
 from core_torch.kernels.native import Answer
 from core_torch.kernels.norm_rope import norm_rope_plain
 from core_torch.kernels.vocabulary import embedding_rows_plain, largest_keys_plain
@@ -92,10 +93,19 @@ def route_many(logits: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torc
     return routing.weights, routing.experts
 
 
-def experts_of_many(
+def parts_of_many(
     x: Any, weights: Any, chosen: Any, gate_up: Any, down: Any, *, tiles: Any = None
-) -> torch.Tensor:
-    return experts(x, weights, chosen, gate_up, down, tiles=None)
+) -> ChoiceParts:
+    of_each = [
+        experts(x, weights[:, k : k + 1], chosen[:, k : k + 1], gate_up, down, tiles=None)
+        for k in range(chosen.shape[1])
+    ]
+    return ChoiceParts(torch.stack(of_each, dim=1).flatten(0, 1), chosen, len(down))
+
+
+def combine(parts: torch.Tensor, chosen: torch.Tensor, *, num_experts: int) -> torch.Tensor:
+    assert chosen.max() < num_experts
+    return parts.unflatten(0, chosen.shape).sum(1)
 
 
 @pytest.fixture
@@ -116,7 +126,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         (mlp, "route_decode"): route,
         (mlp, "routed_experts_decode"): experts,
         (mlp, "route_prefill"): route_many,
-        (mlp, "routed_experts_prefill"): experts_of_many,
+        (mlp, "expert_parts_prefill"): parts_of_many,
+        (moe_prefill, "combine"): combine,
     }
     for (module, name), function in functions.items():
 
@@ -160,7 +171,8 @@ def test_steps_run_in_kernels_and_give_the_plain_results(
     assert answers == dict.fromkeys(NAMES, Answer(True))
     assert set(stand_ins) == {
         "add_norm", "few_rows", "gdn_decode", "norm_rope", "paged_decode_attention", "route_decode",
-        "routed_experts_decode", "flash_prefill", "gdn_prefill", "route_prefill", "routed_experts_prefill"
+        "routed_experts_decode", "flash_prefill", "gdn_prefill", "route_prefill", "expert_parts_prefill",
+        "combine",
     }  # fmt: skip
     for mine, want in zip(got, plain, strict=True):
         assert mine.token_ids == want.token_ids
@@ -180,7 +192,7 @@ def test_what_is_compiled_on_its_first_call_can_be_called_ahead(stand_ins: dict[
         assert set(warm) == {gated_delta_net.GatedDeltaNet, mlp.SparseMoE}
         for layer in warm.values():
             layer.warm_up(torch.device("cpu"))
-    assert stand_ins == {"gdn_prefill": 2, "route_prefill": 1, "routed_experts_prefill": 3}
+    assert stand_ins == {"gdn_prefill": 2, "route_prefill": 1, "expert_parts_prefill": 3, "combine": 3}
 
 
 def test_the_shared_expert_lies_behind_the_routed_ones(tmp_path: Path) -> None:

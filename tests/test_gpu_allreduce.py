@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -25,6 +25,7 @@ from core_torch.kernels.buffers import FlashInferBuffers
 from core_torch.kernels.comm import CommBackend, GlooComm
 from core_torch.kernels.contract import add_rmsnorm, sum_in_rank_order
 from core_torch.kernels.flashinfer_api import buffer_bytes
+from core_torch.kernels.moe_prefill import ChoiceParts
 from core_torch.kernels.norm import rms_norm_reference
 from core_torch.kernels.pair_allreduce import pair_bytes
 from core_torch.kernels.startup import start_fusion
@@ -47,6 +48,7 @@ pytestmark = pytest.mark.gpu
 
 WORLDS = (2, 4, 8)
 EPS = 1e-6
+CHOICES = ((3001, 1), (4097, 12), (2049, 32), (8192, 2))  # tokens, choices of each
 HIDDEN = (1024, 2048, 4096, 5120, 7168)
 TOKENS = (1, 2, 3, 8, 63, 64, 66, 67, 128, 500, 1000, 2048)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -114,12 +116,15 @@ def _opened(hidden_size: int, dtype: torch.dtype, max_tokens: int, **options: An
     return workspace
 
 
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator(_device()).manual_seed(seed)
+
+
 def _data(
     num_tokens: int, hidden_size: int, dtype: torch.dtype, seed: int
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """-> every rank's part [T, D], residual [T, D], weight [D]: the same on all ranks, made on the device."""
-    generator = torch.Generator(_device()).manual_seed(seed)
-    make = functools.partial(torch.randn, generator=generator, device=_device(), dtype=torch.float32)
+    make = functools.partial(torch.randn, generator=_generator(seed), device=_device(), dtype=torch.float32)
     parts = [make(num_tokens, hidden_size).to(dtype) for _ in range(dist.get_world_size())]
     return parts, make(num_tokens, hidden_size).to(dtype), (make(hidden_size) / 10).to(dtype)
 
@@ -170,7 +175,7 @@ def _capture(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _poison(outputs: tuple[Tensor, Tensor]) -> None:
+def _poison(outputs: Iterable[Tensor]) -> None:
     for output in outputs:
         output.fill_(torch.nan)
 
@@ -283,6 +288,72 @@ def test_long_calls_of_two_ranks(pool: RankPool, world_size: int, hidden_size: i
         assert result["wrong"] == {}
         assert result["prints"] == results[0]["prints"], "ranks differ in their bits"
         assert all(result["equal"])
+
+
+def _choices(part: Tensor, K: int, seed: int) -> ChoiceParts:
+    """`part` [T, D] in K pieces a token, of which some have no expert: those are NaN, as nobody may read them."""
+    generator = _generator(seed)
+    experts = torch.randint(-1, 9, (len(part), K), generator=generator, device=_device(), dtype=torch.int32)
+    scales = torch.rand(len(part), K, 1, generator=generator, device=_device()) + 0.5
+    pieces = (part[:, None] * scales).to(part.dtype)
+    pieces[(experts < 0) | (experts > 7)] = torch.nan
+    return ChoiceParts(pieces.flatten(0, 1), experts, 8)
+
+
+def _sum_of(choices: ChoiceParts) -> Tensor:
+    kept = (choices.experts >= 0) & (choices.experts < choices.num_experts)
+    pieces = choices.parts.unflatten(0, kept.shape).double()
+    return torch.where(kept[..., None], pieces, 0).sum(1).to(choices.parts.dtype)
+
+
+def _keep(outputs: list[Tensor], pay: Callable[..., tuple[Tensor, Tensor]], *operands: Any) -> None:
+    outputs += pay(*operands)
+
+
+def of_choices(hidden_size: int) -> dict[str, Any]:
+    """Parts of a token's choices: added in the kernel for long messages, or before FlashInfer's; equal bits."""
+    rank, findings, equal, added = dist.get_rank(), _Findings(), [], []
+    decision, workspace = _open(hidden_size, torch.bfloat16, 8192)
+    assert workspace is not None
+    group, first = _group(decision, workspace), decision.max_backend_tokens(2) + 1
+    pay = functools.partial(allreduce_residual_rmsnorm, group=group, eps=EPS, weight_bias=1.0)
+    with workspace:
+        for num_tokens, K in (*CHOICES, (first + 1, 4), (first - 1, 11), (first, 11)):
+            rows, residual, weight = _data(num_tokens, hidden_size, torch.bfloat16, num_tokens)
+            choices = [_choices(part, K, seed) for seed, part in enumerate(rows)]
+            sums, mine = [_sum_of(one) for one in choices], choices[rank]
+            added.append(workspace.adds_choices(mine) == (num_tokens >= first))
+            outputs = pay(mine, residual, weight)
+            findings.compare(f"choices T={num_tokens} K={K}", outputs, (sums, residual, weight), 1.0)
+            want = workspace.run(mine.sum(), residual, weight, EPS, 1.0)
+            equal += [torch.equal(one, other) for one, other in zip(outputs, want, strict=True)]
+            again: list[Tensor] = []
+            graph = _capture(functools.partial(_keep, again, pay, mine, residual, weight))
+            _poison(again)
+            graph.replay()
+            equal += [torch.equal(one, other) for one, other in zip(again, want, strict=True)]
+        (part, *_), residual, weight = _data(first, hidden_size, torch.bfloat16, 0)
+        mine = _choices(part, 3, 0)
+        try:
+            of_int64 = dataclasses.replace(mine, experts=mine.experts.long())
+            workspace.run_choices(of_int64, residual, weight, EPS, 1.0)
+            error = ""
+        except TypeError as caught:
+            error = str(caught)
+        counts = group.counts.fused, group.counts.unfused
+    return {"wrong": findings.report(), "equal": equal, "added": added, "counts": counts, "error": error}
+
+
+@pytest.mark.parametrize("hidden_size", [2048, 264, 5120])
+def test_choices_are_added_in_the_same_kernel(pool: RankPool, world_size: int, hidden_size: int):
+    if world_size != 2:
+        pytest.skip("pair_allreduce is for two ranks")
+    for result in pool.run(of_choices, hidden_size, timeout=120):
+        assert result["wrong"] == {}
+        assert all(result["added"])
+        assert all(result["equal"])
+        assert "experts must be int32" in result["error"]
+        assert result["counts"] == (2 * (len(CHOICES) + 3), 0)  # eager and captured
 
 
 def raw_sum() -> list[bool]:

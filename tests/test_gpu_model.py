@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,12 @@ def pool() -> Iterator[RankPool]:
     pool.close()
 
 
-def make_spec(request: FusionRequest, **options: Any) -> SessionSpec:
+def make_spec(request: FusionRequest, shared_size: int | None = None, **options: Any) -> SessionSpec:
+    """The trained checkpoint, or with `shared_size` random weights and a shared expert of that size."""
     config, tokenizer = Qwen3NextConfig.from_hf(TINY), str(TINY / "tokenizer.json")
+    if shared_size is not None:
+        config = replace(config, shared_expert_intermediate_size=shared_size)
+        options["load_format"] = "dummy"
     settings = EngineSettings(
         str(TINY), deterministic=request.deterministic, **{"max_model_len": 512, **options}
     )
@@ -136,11 +141,13 @@ def test_batches_above_the_limit_run_unfused_one_by_one(pool: RankPool) -> None:
     assert outputs[0].reductions.fused == 16 * 7
 
 
-def test_a_pass_of_long_calls_has_the_unfused_bits(pool: RankPool) -> None:
-    """They run in `pair_allreduce`, whose bits are those of NCCL's sum with `add_norm` after it."""
+@pytest.mark.parametrize("shared_size", [None, 32], ids=["apart", "among the routed"])
+def test_a_pass_of_long_calls_has_the_unfused_bits(pool: RankPool, shared_size: int | None) -> None:
+    """They run in `pair_allreduce`, whose bits are those of NCCL's sum with `add_norm` after it. A shared expert of the
+    routed ones' size is one of a token's choices, which are then added in the same kernel."""
     lines = "x = 1\n" * 150
     prompts = [f"{i} = {i}\n{lines}" for i in range(12)]
-    options = {"max_step_tokens": 8192, "max_model_len": 1024, "max_num_seqs": 12}
+    options = {"max_step_tokens": 8192, "max_model_len": 1024, "max_num_seqs": 12, "shared_size": shared_size}
     decision, outputs = run(pool, prompts, FusionRequest(mode="on"), max_tokens=1, **options)
     tokens = sum(len(output.prompt_token_ids) for output in outputs)
     assert decision.max_backend_tokens(2) < tokens <= 8192, decision.pair.source

@@ -24,6 +24,7 @@ from core_torch.kernels import buffers, native, selftest, startup
 from core_torch.kernels.buffers import FlashInferBuffers, ReferenceBuffers
 from core_torch.kernels.comm import GlooComm, SingleComm
 from core_torch.kernels.contract import add_rmsnorm, sum_in_rank_order
+from core_torch.kernels.moe_prefill import ChoiceParts
 from core_torch.kernels.startup import start_fusion
 from core_torch.kernels.votes import FatalStepError
 from shared_config import FlashInferInfo, FusionDecision, FusionError, FusionWarning, probe_flashinfer
@@ -236,7 +237,9 @@ class FakePair:
 
     def __init__(self, comm: Any, *, max_tokens: int, hidden_size: int, device: torch.device) -> None:
         del hidden_size, device
-        self.comm, self.max_tokens, self.calls, self.closed = comm, max_tokens, [], False
+        self.comm, self.max_tokens, self.closed = comm, max_tokens, False
+        self.calls: list[int] = []
+        self.choices: list[int] = []
         made_pairs.append(self)
 
     def run(
@@ -254,6 +257,10 @@ class FakePair:
         outputs = add_rmsnorm(sum_in_rank_order(parts), residual, weight, eps, weight_bias)
         out_residual.copy_(outputs[0])
         out_normed.copy_(outputs[1])
+
+    def run_choices(self, choices: ChoiceParts, *operands: Any) -> None:
+        self.choices.append(len(choices.experts))
+        self.run(choices.parts.unflatten(0, choices.experts.shape).sum(1), *operands)
 
     def destroy(self) -> None:
         self.closed = True
@@ -276,6 +283,15 @@ def test_long_calls_run_in_their_own_kernel_which_is_tested_first(
         for count in (100, 101, 7):
             rows = torch.zeros(count, HIDDEN, dtype=torch.bfloat16)
             workspace.run(rows, rows, rows[0], 1e-6, 1.0)
+            choices = ChoiceParts(torch.ones(3 * count, HIDDEN).bfloat16(), torch.zeros(count, 3).int(), 1)
+            assert workspace.adds_choices(choices) == (count == 101)
+            assert not workspace.adds_choices(replace(choices, experts=choices.experts.long()))
+            if count == 101:
+                summed, _ = workspace.run_choices(choices, rows, rows[0], 1e-6, 1.0)
+                assert torch.equal(summed, torch.full_like(rows, 6.0))
+            else:
+                with pytest.raises(ValueError, match="sum them"):
+                    workspace.run_choices(choices, rows, rows[0], 1e-6, 1.0)
 
     started = start_on_threads(fake, decision=lambda _: same)
     assert [pair.max_tokens for pair in made_pairs] == [150, 150]
@@ -284,7 +300,8 @@ def test_long_calls_run_in_their_own_kernel_which_is_tested_first(
     fake.calls.clear()
     results = on_threads(2, lambda comm: use(started[comm.rank][1]))
     assert not any(results), results
-    assert [pair.calls for pair in made_pairs] == [[150, 101], [150, 101]]
+    assert [pair.calls for pair in made_pairs] == [[150, 101, 101], [150, 101, 101]]
+    assert [pair.choices for pair in made_pairs] == [[101], [101]]
     assert sorted(call["input"].shape[0] for call in fake.calls) == [7, 7, 100, 100]
     for _, workspace in started:
         workspace.close()

@@ -1,8 +1,9 @@
 """Paying an owed sum: all-reduce + residual add + RMSNorm over one group of ranks, fused or not.
 
-Shapes: T tokens, D hidden. `partial [T, D]` is this rank's part of the sum, `residual [T, D]` the stream
-that it is added to, `weight [D]` the norm's. Callers never ask which way a batch goes:
-`allreduce_residual_rmsnorm` does, per batch, from the group's decision, and counts it.
+Shapes: T tokens, D hidden. `partial [T, D]` is this rank's part of the sum, or the parts of a token's choices (of
+experts) that have yet to be added (`ChoiceParts`); `residual [T, D]` the stream that it is added to, `weight [D]` the
+norm's. Callers never ask which way a batch goes: `allreduce_residual_rmsnorm` does, per batch, from the group's
+decision, and counts it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from core_torch.kernels.add_norm import add_norm, check_add_norm
 from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.contract import add_rmsnorm, check_operands, sum_in_rank_order
 from core_torch.kernels.counts import ReductionCounts
+from core_torch.kernels.moe_prefill import ChoiceParts
 from core_torch.kernels.native import Answer
 from core_torch.kernels.pair_allreduce import pair_answer
 
@@ -87,7 +89,7 @@ class ReduceGroup:
 
 
 def allreduce_residual_rmsnorm(
-    partial: Tensor,
+    partial: Tensor | ChoiceParts,
     residual: Tensor | None,
     weight: Tensor,
     *,
@@ -102,8 +104,18 @@ def allreduce_residual_rmsnorm(
     counts nothing. Under `torch.compile` this is one opaque op. All ranks of the group call with the same
     shapes, in the same order.
 
+    Choices are added in the same kernel where that can (`Workspace.adds_choices`), with the same bits.
+
     Raises ValueError or TypeError for operands that do not fit together.
     """
+    if isinstance(partial, ChoiceParts):
+        if group.size > 1 and residual is not None and residual.shape[0] > 0:
+            partial.check(weight, residual)
+            mine = partial.parts, partial.experts, partial.num_experts
+            return torch.ops.crossfuse.allreduce_residual_rmsnorm_of_choices(
+                *mine, residual, weight, group.handle, eps, weight_bias
+            )
+        partial = partial.sum()
     check_operands(partial, weight, residual=residual)
     if group.size == 1 or partial.shape[0] == 0:
         add = add_norm if group.compiled.usable else add_rmsnorm
@@ -114,7 +126,7 @@ def allreduce_residual_rmsnorm(
 
 
 def fused(
-    partial: Tensor,
+    partial: Tensor | ChoiceParts,
     residual: Tensor | None,
     weight: Tensor,
     *,
@@ -125,6 +137,12 @@ def fused(
     """`allreduce_residual_rmsnorm` in one kernel, through the workspace. ValueError where there is none."""
     if group.workspace is None:
         raise ValueError(f"group {group.name} has no workspace to fuse in: {group.decision.reason}")
+    if isinstance(partial, ChoiceParts):
+        if residual is not None and group.workspace.adds_choices(partial):
+            outputs = group.workspace.run_choices(partial, residual, weight, eps, weight_bias)
+            group.counts.add(fused=1)
+            return outputs
+        partial = partial.sum()
     # The kernel always adds a residual; before the first layer there is none yet.
     residual = torch.zeros_like(partial) if residual is None else residual
     outputs = group.workspace.run(partial, residual, weight, eps, weight_bias)
@@ -133,7 +151,7 @@ def fused(
 
 
 def unfused(
-    partial: Tensor,
+    partial: Tensor | ChoiceParts,
     residual: Tensor | None,
     weight: Tensor,
     *,
@@ -142,6 +160,8 @@ def unfused(
     weight_bias: float,
 ) -> tuple[Tensor, Tensor]:
     """`allreduce_residual_rmsnorm` in three steps, the sum in place in `partial`."""
+    if isinstance(partial, ChoiceParts):
+        partial = partial.sum()
     # With no residual the sum becomes the residual, which must not be the partial that was consumed.
     summed = _sum_in_place(partial.clone() if residual is None else partial, group)
     group.counts.add(unfused=1)
@@ -188,6 +208,12 @@ torch.library.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
+    "crossfuse::allreduce_residual_rmsnorm_of_choices",
+    "(Tensor parts, Tensor experts, int num_experts, Tensor residual, Tensor weight, int handle, float eps,"
+    " float weight_bias) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
     "crossfuse::all_reduce",
     "(Tensor(a!) x, int handle, bool owed=False) -> ()",
     tags=torch.Tag.pt2_compliant_tag,
@@ -198,11 +224,51 @@ torch.library.define(
 def _pay(
     partial: Tensor, residual: Tensor | None, weight: Tensor, handle: int, eps: float, weight_bias: float
 ) -> tuple[Tensor, Tensor]:
+    return _pay_sum(_group(handle), partial, residual, weight, eps, weight_bias)
+
+
+def _pay_sum(
+    group: ReduceGroup,
+    partial: Tensor | ChoiceParts,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    weight_bias: float,
+) -> tuple[Tensor, Tensor]:
     """Fused or not is asked here, at run time, so that one compiled model serves batches of both kinds."""
-    group = _group(handle)
     fits = group.workspace is not None and group.workspace.takes(partial)
     pay = fused if fits and group.fuses(partial.shape[0], partial.itemsize).fuses else unfused
     return pay(partial, residual, weight, group=group, eps=eps, weight_bias=weight_bias)
+
+
+@torch.library.impl("crossfuse::allreduce_residual_rmsnorm_of_choices", "CompositeExplicitAutograd")
+def _pay_choices(
+    parts: Tensor,
+    experts: Tensor,
+    num_experts: int,
+    residual: Tensor,
+    weight: Tensor,
+    handle: int,
+    eps: float,
+    weight_bias: float,
+) -> tuple[Tensor, Tensor]:
+    choices = ChoiceParts(parts, experts, num_experts)
+    return _pay_sum(_group(handle), choices, residual, weight, eps, weight_bias)
+
+
+@torch.library.register_fake("crossfuse::allreduce_residual_rmsnorm_of_choices")
+def _(
+    parts: Tensor,
+    experts: Tensor,
+    num_experts: int,
+    residual: Tensor,
+    weight: Tensor,
+    handle: int,
+    eps: float,
+    weight_bias: float,
+) -> tuple[Tensor, Tensor]:
+    del parts, experts, num_experts, weight, handle, eps, weight_bias
+    return torch.empty_like(residual), torch.empty_like(residual)
 
 
 @torch.library.register_fake("crossfuse::allreduce_residual_rmsnorm")

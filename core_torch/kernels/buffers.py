@@ -19,6 +19,7 @@ from core_torch.kernels import native
 from core_torch.kernels.comm import CommBackend
 from core_torch.kernels.contract import add_rmsnorm, fold_weight, sum_in_rank_order
 from core_torch.kernels.flashinfer_api import FlashInferApi, RawKernel, buffer_bytes, try_allocation
+from core_torch.kernels.moe_prefill import ChoiceParts
 from core_torch.kernels.pair_allreduce import PairMemory, pair_bytes
 
 
@@ -43,12 +44,39 @@ class Buffers(Protocol):
         trigger_completion_at_end: bool = True,
     ) -> None: ...
 
+    def adds_choices(self, num_tokens: int) -> bool:
+        """Whether `run_choices` takes a call of so many tokens."""
+        ...
+
+    def run_choices(
+        self,
+        choices: ChoiceParts,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        weight_bias: float,
+        out_residual: Tensor,
+        out_normed: Tensor,
+    ) -> None: ...
+
     def raw(self) -> RawKernel: ...
 
     def destroy(self) -> None: ...
 
 
-class ReferenceBuffers:
+class NoChoices:
+    """Of buffers whose kernel takes a part that is one tensor."""
+
+    def adds_choices(self, num_tokens: int) -> bool:
+        del num_tokens
+        return False
+
+    def run_choices(self, *operands: Any, **named: Any) -> None:
+        del operands, named
+        raise ValueError(f"{type(self).__name__} adds no choices: sum them")
+
+
+class ReferenceBuffers(NoChoices):
     """The kernel's contract through an all-gather, on any device: for tests and machines without the kernel."""
 
     def __init__(
@@ -173,8 +201,8 @@ class FlashInferBuffers:
         out_normed: Tensor,
         trigger_completion_at_end: bool = True,
     ) -> None:
-        if self._pair is not None and partial.shape[0] > self._most_tokens:
-            self._pair.run(partial, residual, weight, eps, weight_bias, out_residual, out_normed)
+        if (pair := self._pair_for(partial.shape[0])) is not None:
+            pair.run(partial, residual, weight, eps, weight_bias, out_residual, out_normed)
             return
         if weight_bias != 0.0 and not self._api.takes_weight_bias:
             weight, weight_bias = self._fold(weight, weight_bias), 0.0
@@ -189,6 +217,24 @@ class FlashInferBuffers:
             out_normed,
             trigger_completion_at_end=trigger_completion_at_end,
         )
+
+    def adds_choices(self, num_tokens: int) -> bool:
+        return self._pair_for(num_tokens) is not None
+
+    def run_choices(
+        self,
+        choices: ChoiceParts,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        weight_bias: float,
+        out_residual: Tensor,
+        out_normed: Tensor,
+    ) -> None:
+        pair = self._pair_for(residual.shape[0])
+        if pair is None:
+            raise ValueError(f"choices of {residual.shape[0]} tokens are not added here: sum them")
+        pair.run_choices(choices, residual, weight, eps, weight_bias, out_residual, out_normed)
 
     def raw(self) -> RawKernel:
         if self._backend != "trtllm":
@@ -212,6 +258,10 @@ class FlashInferBuffers:
                 self._pair.destroy()
                 self._pair = None
             torch.cuda.empty_cache()
+
+    def _pair_for(self, num_tokens: int) -> PairMemory | None:
+        """Whose kernel takes a call of so many tokens, if it is not FlashInfer's."""
+        return self._pair if num_tokens > self._most_tokens else None
 
     def _fold(self, weight: Tensor, weight_bias: float) -> Tensor:
         """`fold_weight`, once per weight: weights are constants after loading."""

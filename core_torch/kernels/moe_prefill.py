@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from core_torch.kernels.contract import check_operands
 from core_torch.kernels.native import Answer, first_failure
 from core_torch.kernels.triton_kernels import Launch, check_triton, launch
 
@@ -230,20 +231,64 @@ def _tile_sizes(tile: Tile) -> dict[str, int]:
     return {"ROWS": tile.rows, "PARTS": tile.parts, "COLS": tile.cols}
 
 
-def routed_experts_prefill(
+@dataclass(frozen=True)
+class ChoiceParts:
+    """This rank's partial sum [T, D] before a token's choices are added: parts [T * K, D], weighted, of experts [T, K].
+
+    A choice whose id is outside 0..num_experts-1 adds nothing, and its part is undefined.
+    """
+
+    parts: Tensor
+    experts: Tensor
+    num_experts: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the sum."""
+        return len(self.experts), self.parts.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts.dtype
+
+    @property
+    def itemsize(self) -> int:
+        return self.parts.itemsize
+
+    def check(self, weight: Tensor, residual: Tensor) -> None:
+        """`check_operands` of the sum, before there is one."""
+        if len(self.parts) != self.experts.numel():
+            raise ValueError(
+                f"parts must have a row for each of experts {tuple(self.experts.shape)}, got {len(self.parts)}"
+            )
+        check_operands(self.parts[: self.shape[0]], weight, residual=residual)
+
+    def sum(self) -> Tensor:
+        return combine(self.parts, self.experts, num_experts=self.num_experts)
+
+
+def expert_parts_prefill(
     x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, *, tiles: Tiles | None = None
-) -> Tensor:
-    """`moe.routed_experts` in six kernels; a token's bits do not depend on the other tokens, for one choice of `tiles`.
+) -> ChoiceParts:
+    """`moe.routed_experts` before its sum over a token's choices, in five kernels; a token's bits do not depend on the
+    other tokens, for one choice of `tiles`.
 
     x [T, D], weights [T, K] bfloat16; experts [T, K] int32 or int64, where an id outside 0..N-1 stands for no expert;
-    gate_up [N, 2I, D] (gate rows first), down [N, D, I] -> this rank's partial sum [T, D]. `tiles` (default: by the
-    mean number of tokens an expert) change the time, and in theory the last bit.
+    gate_up [N, 2I, D] (gate rows first), down [N, D, I]. `tiles` (default: by the mean number of tokens an expert)
+    change the time, and in theory the last bit.
     """
     K, N = experts.shape[1], len(down)
     tiles = tiles or choose_tiles(experts.numel() / N, down.shape[2])
     group = group_by_expert(experts, num_experts=N, tile_tokens=tiles.tokens)
     hidden = gate_up_product(x, group, gate_up, top_k=K, tile=tiles.gate_up)
-    return combine(down_product(hidden, group, down, weights, tile=tiles.down), experts, num_experts=N)
+    return ChoiceParts(down_product(hidden, group, down, weights, tile=tiles.down), experts, N)
+
+
+def routed_experts_prefill(
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, *, tiles: Tiles | None = None
+) -> Tensor:
+    """`moe.routed_experts` in six kernels: `expert_parts_prefill` with its sum -> this rank's partial sum [T, D]."""
+    return expert_parts_prefill(x, weights, experts, gate_up, down, tiles=tiles).sum()
 
 
 def _power_of_two(least: int) -> int:

@@ -1,7 +1,8 @@
 """The fused all-reduce of two ranks for long messages: the project's own kernel, beside FlashInfer's for short ones.
 
 Each rank writes its part into the other's memory, and adds, norms and writes what has arrived while the rest travels
-(`csrc/pair_allreduce.cuh`). The memory is FlashInfer's kind, which peers reach by file descriptors, without multicast.
+(`csrc/pair_allreduce.cuh`). A part may come as the parts of a token's choices (`ChoiceParts`), which are added on the
+way. The memory is FlashInfer's kind, which peers reach by file descriptors, without multicast.
 Shapes: T tokens, D hidden.
 """
 
@@ -15,10 +16,12 @@ from torch import Tensor
 from core_torch.kernels import native
 from core_torch.kernels.comm import CommBackend
 from core_torch.kernels.flashinfer_api import SymmetricMemory
+from core_torch.kernels.moe_prefill import ChoiceParts
 from shared_config import FusionDecision
 
 MAX_DIM = 8192  # csrc/add_norm.cuh
-FLAG_ROWS = 4  # kRows of csrc/pair_allreduce.cuh: rows of one flag
+# kPlainRows and kChoiceRows of csrc/pair_allreduce.cuh: of which the rows are a multiple, and the rows of one flag.
+ROW_MULTIPLE, FLAG_ROWS = 4, 2
 
 
 def check_pair_allreduce(*, hidden_size: int, dtype: torch.dtype, device: torch.device) -> native.Answer:
@@ -44,7 +47,7 @@ def pair_answer(decision: FusionDecision) -> native.Answer:
 
 def pair_bytes(max_tokens: int, hidden_size: int) -> int:
     """What one rank allocates: bfloat16 rows of two calls, and a flag for every few of them."""
-    rows = _whole_flags(max_tokens)
+    rows = _whole_rows(max_tokens)
     return 2 * (rows * hidden_size * 2 + rows // FLAG_ROWS * 4)
 
 
@@ -53,11 +56,12 @@ class PairMemory:
 
     def __init__(self, comm: CommBackend, *, max_tokens: int, hidden_size: int, device: torch.device) -> None:
         self.rank = comm.Get_rank()
-        self.max_tokens = _whole_flags(max_tokens)
+        self.max_tokens = _whole_rows(max_tokens)
         self._memory = SymmetricMemory(pair_bytes(max_tokens, hidden_size), comm, device)
         self._buffers = torch.tensor(self._memory.addresses, dtype=torch.int64, device=device)
         self._state = torch.zeros(2, dtype=torch.int32, device=device)
         self._run = native.function("pair_allreduce", device)
+        self._run_choices = native.function("pair_allreduce_choices", device, of="pair_allreduce")
         self._device = device
         torch.cuda.synchronize(device)
         comm.barrier()  # nobody writes before all flags are zero
@@ -76,6 +80,21 @@ class PairMemory:
         where = self._buffers, self._state, self.rank, self.max_tokens
         self._run(partial, residual, weight, out_residual, out_normed, *where, eps, weight_bias)
 
+    def run_choices(
+        self,
+        choices: ChoiceParts,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        weight_bias: float,
+        out_residual: Tensor,
+        out_normed: Tensor,
+    ) -> None:
+        """`run` of `choices.sum()`, which is never written; the same bits."""
+        where = self._buffers, self._state, self.rank, self.max_tokens
+        mine = choices.parts, choices.experts, choices.num_experts
+        self._run_choices(*mine, residual, weight, out_residual, out_normed, *where, eps, weight_bias)
+
     def beside(self, flashinfer: Any, most_tokens: int) -> Any:
         """A TVM-FFI function with the parameters of `flashinfer`, FlashInfer's kernel: that one up to `most_tokens`,
         this one above."""
@@ -89,5 +108,5 @@ class PairMemory:
         self._memory.destroy()
 
 
-def _whole_flags(max_tokens: int) -> int:
-    return -(-max_tokens // FLAG_ROWS) * FLAG_ROWS
+def _whole_rows(max_tokens: int) -> int:
+    return -(-max_tokens // ROW_MULTIPLE) * ROW_MULTIPLE

@@ -24,6 +24,7 @@ from core_torch.kernels.buffers import Buffers, FlashInferBuffers, ReferenceBuff
 from core_torch.kernels.comm import CommBackend
 from core_torch.kernels.contract import check_operands
 from core_torch.kernels.flashinfer_api import FlashInferApi, RawKernel
+from core_torch.kernels.moe_prefill import ChoiceParts
 from core_torch.kernels.votes import Attempt, attempt, attempt_together, vote
 from shared_config import FlashInferInfo, FusionDecision
 
@@ -80,7 +81,7 @@ class Workspace:
     def sufficient(self, num_tokens: int) -> bool:
         return not self.closed and num_tokens <= self.max_tokens
 
-    def takes(self, partial: Tensor) -> bool:
+    def takes(self, partial: Tensor | ChoiceParts) -> bool:
         """Whether `run` would take this batch."""
         num_tokens, hidden_size = partial.shape
         return self.sufficient(num_tokens) and hidden_size == self.hidden_size and partial.dtype == self.dtype
@@ -124,6 +125,25 @@ class Workspace:
             )
         at_end = num_tokens > self.max_early_tokens
         self._buffers.run(partial, residual, weight, eps, weight_bias, out_residual, out_normed, at_end)
+        return out_residual, out_normed
+
+    def adds_choices(self, choices: ChoiceParts) -> bool:
+        """Whether `run_choices` would take this batch."""
+        fits = self.takes(choices) and choices.experts.dtype == torch.int32
+        return fits and self._buffers is not None and self._buffers.adds_choices(choices.shape[0])
+
+    def run_choices(
+        self, choices: ChoiceParts, residual: Tensor, weight: Tensor, eps: float, weight_bias: float
+    ) -> tuple[Tensor, Tensor]:
+        """`run` of `choices.sum()`, bit for bit, where `adds_choices` says so; the sum is made in the same kernel.
+
+        Raises ValueError, TypeError for operands that do not fit, RuntimeError on a closed workspace.
+        """
+        if self.closed or self._buffers is None:
+            raise RuntimeError("the workspace is closed; open a new one before capture")
+        choices.check(weight, residual)
+        out_residual, out_normed = torch.empty_like(residual), torch.empty_like(residual)
+        self._buffers.run_choices(choices, residual, weight, eps, weight_bias, out_residual, out_normed)
         return out_residual, out_normed
 
     def raw(self) -> RawKernel:

@@ -16,8 +16,8 @@ from core_torch.kernels.moe_decode import MAX_TOKENS, check_moe_decode, route_de
 from core_torch.kernels.moe_prefill import (
     check_moe_prefill,
     every_choice,
+    expert_parts_prefill,
     route_prefill,
-    routed_experts_prefill,
 )
 from core_torch.layers.linear import Ahead, Linear, Product, RowParallelLinear
 from core_torch.partial_sum import PartialSum
@@ -81,7 +81,7 @@ class Experts(nn.Module):
             part = routed_experts_decode(x, weights, experts, *own, tiles=tiles, ahead=later)
         elif many:
             own, local = self.with_shared or own, experts if self.first is None else experts - self.first
-            part = routed_experts_prefill(x, weights, local, *own)
+            part = expert_parts_prefill(x, weights, local, *own)
         else:
             part = routed_experts(x, weights, experts, *own, first=self.first)
         return PartialSum(part, self.group)
@@ -171,7 +171,7 @@ class SparseMoE(nn.Module):
         chosen = route_prefill(logits, num_experts=N, top_k=self.top_k, normalize=self.normalize)
         own = self.experts.with_shared or (self.experts.gate_up_proj, self.experts.down_proj)
         for tiles in every_choice(own[1].shape[2]):
-            routed_experts_prefill(x, *chosen, *own, tiles=tiles)
+            expert_parts_prefill(x, *chosen, *own, tiles=tiles).sum()
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """The router's [T, N], and the shared expert's gate behind them where it lies there."""

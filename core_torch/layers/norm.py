@@ -36,7 +36,12 @@ class RMSNorm(nn.Module):
     def pay(self, owed: PartialSum, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Reduce `owed`, add it to the residual stream and norm: (residual [T, D], normed [T, D])."""
         return allreduce_residual_rmsnorm(
-            owed.take(), residual, self.weight, group=owed.group, eps=self.eps, weight_bias=WEIGHT_BIAS
+            owed.take_as_it_is(),
+            residual,
+            self.weight,
+            group=owed.group,
+            eps=self.eps,
+            weight_bias=WEIGHT_BIAS,
         )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import tvm_ffi
 
+from core_torch.kernels.buffers import NoChoices
 from core_torch.kernels.comm import CommBackend
 from core_torch.kernels.flashinfer_api import RawKernel
 from jax_bridge import native
@@ -28,7 +29,7 @@ SUM_TARGET = "crossfuse.cpu.allreduce"
 FIRST_UNORDERED = 1 << 30
 
 
-class RendezvousBuffers:
+class RendezvousBuffers(NoChoices):
     """One rank's seat in a group, as the start-up of the PyTorch core makes, tests and destroys it (`Buffers`)."""
 
     def __init__(self, communicator_id: int, group: int, rank: int, axis_size: int, timeout_s: float) -> None:

@@ -6,6 +6,10 @@
 // the device and belong to these two ranks. On TVM-FFI's current stream; nothing is allocated. A call waits for the
 // peer's.
 //
+// pair_allreduce_choices(parts, experts, num_experts, residual, weight, out_residual, out_normed, buffers, state, rank,
+// max_tokens, eps, weight_bias): the same of a sum whose part on this rank is, for token t, that of the rows t K + k of
+// parts [T K, D], over those k whose int32 experts [T, K] are in 0..num_experts-1.
+//
 // pair_or(flashinfer, buffers, state, rank, max_tokens, most_tokens) -> a function with the parameters of `flashinfer`,
 // which is FlashInfer's trtllm_allreduce_fusion: up to `most_tokens` it is that one, above it is this one.
 
@@ -22,10 +26,12 @@ T* data_or_null(const Some& x) {
   return x.has_value() ? data<T>(x.value()) : nullptr;
 }
 
-void run(TensorView partial, Some residual, Some weight, TensorView out_residual, Some out_normed, TensorView buffers,
-         TensorView state, int64_t rank, int64_t max_tokens, double eps, double weight_bias) {
-  check_dense(partial, "partial", {-1, -1});
-  const int64_t T = partial.size(0), D = partial.size(1);
+// What both functions do: the checks that they share, and the launch. `params` has what is theirs alone.
+template <bool kOfChoices>
+void reduce_rows(Params params, TensorView partial, Some residual, Some weight, TensorView out_residual,
+                 Some out_normed, TensorView buffers, TensorView state, int64_t rank, int64_t max_tokens, double eps,
+                 double weight_bias) {
+  const int64_t T = out_residual.size(0), D = out_residual.size(1);
   check_dense(buffers, "buffers", {2});
   check_dense(state, "state", {2});
   check_dtype(buffers, "buffers", kInt64);
@@ -50,35 +56,65 @@ void run(TensorView partial, Some residual, Some weight, TensorView out_residual
     TVM_FFI_THROW(ValueError) << "the hidden size must be a multiple of 8 up to " << kMaxDim << ", got " << D;
   }
   if (rank != 0 && rank != 1) TVM_FFI_THROW(ValueError) << "rank must be 0 or 1, got " << rank;
-  if (max_tokens % kRows != 0 || T > max_tokens) {
-    TVM_FFI_THROW(ValueError) << "max_tokens must be a multiple of " << kRows << " and at least the " << T
+  if (max_tokens % kPlainRows != 0 || T > max_tokens) {
+    TVM_FFI_THROW(ValueError) << "max_tokens must be a multiple of " << kPlainRows << " and at least the " << T
                               << " tokens of this call, got " << max_tokens;
   }
   if (T == 0) return;
 
-  const Params params{data<bf16>(partial),
-                      data_or_null<bf16>(residual),
-                      data_or_null<bf16>(weight),
-                      data<bf16>(out_residual),
-                      data_or_null<bf16>(out_normed),
-                      data<int64_t>(buffers),
-                      data<State>(state),
-                      static_cast<int>(rank),
-                      static_cast<int>(T),
-                      static_cast<int>(D),
-                      static_cast<int>(max_tokens),
-                      static_cast<float>(eps),
-                      static_cast<float>(weight_bias)};
+  params.partial = data<bf16>(partial);
+  params.residual = data_or_null<bf16>(residual);
+  params.weight = data_or_null<bf16>(weight);
+  params.out_residual = data<bf16>(out_residual);
+  params.out_normed = data_or_null<bf16>(out_normed);
+  params.buffers = data<int64_t>(buffers);
+  params.state = data<State>(state);
+  params.rank = static_cast<int>(rank);
+  params.T = static_cast<int>(T);
+  params.D = static_cast<int>(D);
+  params.max_tokens = static_cast<int>(max_tokens);
+  params.eps = static_cast<float>(eps);
+  params.weight_bias = static_cast<float>(weight_bias);
   tvm::ffi::CUDADeviceGuard guard(partial.device().device_id);
   const int threads = static_cast<int>((D / 8 + kWarp - 1) / kWarp) * kWarp;
-  const auto kernel = D <= kUsualDims ? reduce<kUsualDims / 8> : reduce<kMaxWarps * kWarp>;
+  const auto kernel =
+      D <= kUsualDims ? reduce<kUsualDims / 8, kOfChoices> : reduce<kMaxWarps * kWarp, kOfChoices>;
   int blocks = 0;  // all of them run at once: none waits for one that cannot start
   TVM_FFI_CHECK_CUDA_ERROR(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0));
   blocks *= num_multiprocessors(partial);
+  constexpr int kRows = kOfChoices ? kChoiceRows : kPlainRows;
   const int64_t chunks = (T + kRows - 1) / kRows;
   const unsigned grid = static_cast<unsigned>(chunks < blocks ? chunks : blocks);
   launch({dim3(grid), dim3(static_cast<unsigned>(threads)), current_stream(partial), /*overlap=*/false}, kernel,
          params);
+}
+
+void run(TensorView partial, Some residual, Some weight, TensorView out_residual, Some out_normed, TensorView buffers,
+         TensorView state, int64_t rank, int64_t max_tokens, double eps, double weight_bias) {
+  check_dense(out_residual, "out_residual", {-1, -1});
+  check_dense(partial, "partial", {out_residual.size(0), out_residual.size(1)});
+  reduce_rows<false>({}, partial, residual, weight, out_residual, out_normed, buffers, state, rank, max_tokens, eps,
+                     weight_bias);
+}
+
+void run_choices(TensorView parts, TensorView experts, int64_t num_experts, Some residual, Some weight,
+                 TensorView out_residual, Some out_normed, TensorView buffers, TensorView state, int64_t rank,
+                 int64_t max_tokens, double eps, double weight_bias) {
+  check_dense(out_residual, "out_residual", {-1, -1});
+  check_dense(experts, "experts", {out_residual.size(0), -1});
+  check_dtype(experts, "experts", kInt32);
+  check_devices({parts, experts});
+  const int64_t K = experts.size(1);
+  if (K < 1 || K > kMaxChoices) {
+    TVM_FFI_THROW(ValueError) << "a token has 1 to " << kMaxChoices << " choices, got " << K;
+  }
+  check_dense(parts, "parts", {experts.size(0) * K, out_residual.size(1)});
+  Params params{};
+  params.experts = data<int32_t>(experts);
+  params.K = static_cast<int>(K);
+  params.N = static_cast<int>(num_experts);
+  reduce_rows<true>(params, parts, residual, weight, out_residual, out_normed, buffers, state, rank, max_tokens, eps,
+                    weight_bias);
 }
 
 // The places of what is needed here among FlashInfer's parameters (0.7.2), and its codes of the two patterns.
@@ -115,4 +151,5 @@ Function pair_or(Function flashinfer, Tensor buffers, Tensor state, int64_t rank
 }  // namespace crossfuse::pair_allreduce
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pair_allreduce, crossfuse::pair_allreduce::run);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(pair_allreduce_choices, crossfuse::pair_allreduce::run_choices);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pair_or, crossfuse::pair_allreduce::pair_or);

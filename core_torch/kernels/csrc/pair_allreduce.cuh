@@ -11,7 +11,10 @@
 //
 // The sum is rounded to bfloat16, then the residual added, as ../contract.py has it; with two parts their order does not
 // matter. A row's bits depend on D alone. Without a residual the result is the sum; without `out_normed` there is no norm.
-// Shapes: T tokens, D hidden.
+//
+// A rank's part may come as the parts of each token's choices (of experts), which are then added here: what `combine` of
+// ../jit/moe_prefill.py does, with its bits, while the link is busy.
+// Shapes: T tokens, D hidden, K choices, N experts.
 #pragma once
 
 #include "add_norm.cuh"
@@ -20,22 +23,24 @@ namespace crossfuse::pair_allreduce {
 
 using add_norm::kMaxDim, add_norm::kMaxWarps, add_norm::pack, add_norm::unpack;
 
-constexpr int kRows = 4;        // of a flag
-constexpr int kUsualDims = 2048;  // up to which a block has 256 threads
+constexpr int kPlainRows = 4, kChoiceRows = 2;  // of a flag, and with choices
+constexpr int kUsualDims = 2048;                // up to which a block has 256 threads
+constexpr int kMaxChoices = kWarp;
 
 struct State {
   uint32_t calls, blocks;  // calls that have ended; blocks of this one that have
 };
 
 struct Params {
-  const bf16* partial;     // [T, D]
+  const bf16* partial;     // [T, D], or with experts [T, K, D]
+  const int32_t* experts;  // [T, K] or null; an id outside 0..N-1: no expert, and its part is not read
   const bf16* residual;    // [T, D] or null
   const bf16* weight;      // [D], and weight_bias is added; null with out_normed
   bf16* out_residual;      // may be residual
   bf16* out_normed;        // or null
-  const int64_t* buffers;  // [2]: each rank's `[2, max_tokens, D] rows, then [2, max_tokens / kRows] flags`
+  const int64_t* buffers;  // [2]: each rank's `[2, max_tokens, D] rows, then [2, max_tokens / kChoiceRows] flags`
   State* state;
-  int rank, T, D, max_tokens;
+  int rank, T, D, max_tokens, K, N;
   float eps, weight_bias;
 };
 
@@ -51,7 +56,7 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* flag) {
 // One rank's memory, as this call uses it.
 struct Memory {
   bf16* rows;       // [max_tokens, D]
-  uint32_t* flags;  // [max_tokens / kRows]
+  uint32_t* flags;  // [max_tokens / kChoiceRows]
 };
 
 __device__ __forceinline__ Memory memory_of(const Params& p, int rank, uint32_t call) {
@@ -59,11 +64,37 @@ __device__ __forceinline__ Memory memory_of(const Params& p, int rank, uint32_t 
   const int64_t size = static_cast<int64_t>(p.max_tokens) * p.D;
   uint32_t* flags = reinterpret_cast<uint32_t*>(rows + 2 * size);
   const int parity = call % 2;
-  return {rows + parity * size, flags + parity * (p.max_tokens / kRows)};
+  return {rows + parity * size, flags + parity * (p.max_tokens / kChoiceRows)};
 }
 
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads) reduce(const __grid_constant__ Params p) {
+// The sum of a token's parts [K, D], for 8 dims that begin at `part`. `kept` has a bit for each choice that has an expert.
+template <int kAtOnce>
+__device__ __forceinline__ uint4 sum_of_choices(const bf16* part, uint32_t kept, int K, int D) {
+  float total[8] = {};
+  for (int first = 0; first < K; first += kAtOnce) {
+    uint4 raw[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const bool counts = first + i < K && (kept >> (first + i) & 1);
+      raw[i] = counts ? load_once(part + static_cast<int64_t>(first + i) * D) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      float x[8];
+      unpack(x, raw[i]);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) total[k] += x[k];
+    }
+  }
+  return pack(total);
+}
+
+// Three blocks of 256 threads on a multiprocessor have registers for a token's usual 11 choices at once.
+template <int kThreads, bool kOfChoices>
+__global__ void __launch_bounds__(kThreads, kOfChoices && kThreads * 8 == kUsualDims ? 3 : 1)
+    reduce(const __grid_constant__ Params p) {
+  constexpr int kRows = kOfChoices ? kChoiceRows : kPlainRows;
+  constexpr int kAtOnce = kThreads * 8 == kUsualDims ? 12 : 4;
   __shared__ float squares[kRows][kMaxWarps];
   const int first = threadIdx.x * 8, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warps = blockDim.x / kWarp, chunks = (p.T + kRows - 1) / kRows;
@@ -79,9 +110,22 @@ __global__ void __launch_bounds__(kThreads) reduce(const __grid_constant__ Param
 
   // Sends this rank's part of a chunk, and leaves it in `part`.
   auto send = [&](int chunk, uint4 (&part)[kRows]) {
+    uint32_t kept[kRows];
+#pragma unroll
+    for (int i = 0; kOfChoices && i < kRows; ++i) {
+      const int64_t token = chunk * kRows + i;
+      const int expert = token < p.T && lane < p.K ? p.experts[token * p.K + lane] : -1;
+      kept[i] = __ballot_sync(kAllLanes, expert >= 0 && expert < p.N);
+    }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (has_row(chunk, i)) part[i] = load_once(p.partial + place(chunk, i));
+      if (!has_row(chunk, i)) continue;
+      if constexpr (kOfChoices) {
+        const int64_t choices = static_cast<int64_t>(chunk * kRows + i) * p.K;
+        part[i] = sum_of_choices<kAtOnce>(p.partial + choices * p.D + first, kept[i], p.K, p.D);
+      } else {
+        part[i] = load_once(p.partial + place(chunk, i));
+      }
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
