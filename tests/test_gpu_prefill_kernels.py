@@ -27,8 +27,7 @@ from core_torch.kernels.flash_prefill import (
     lay_out,
 )
 from core_torch.kernels.gdn_prefill import (
-    NARROW,
-    WIDE,
+    CARRIES,
     Chunks,
     check_gdn_prefill,
     cut_into_chunks,
@@ -316,13 +315,14 @@ def test_gdn_prefill_in_two_passes_is_the_same_sequence() -> None:
 def test_gdn_prefill_bits_do_not_depend_on_the_other_sequences_or_the_launch() -> None:
     H, HV, dim = GDN_SHAPES[0] if INTERPRETED else (8, 16, 128)
     case = Gdn((67, 130, 1), H, HV, dim, (1,))
-    out, conv, state = case.run(carry=WIDE)
-    for got, want in zip(case.run(carry=NARROW), (out, conv, state), strict=True):
-        assert torch.equal(got, want)
+    out, conv, state = case.run(carry=CARRIES[0])
+    for carry in CARRIES[1:]:
+        for got, want in zip(case.run(carry=carry), (out, conv, state), strict=True):
+            assert torch.equal(got, want)
     piece = case.pieces[1]
     rows = slice(piece.first, piece.first + piece.num_tokens)
     case.projected, case.pieces = case.projected[rows], [Span(0, piece.num_tokens, piece.start, piece.slot)]
-    alone, _, one_state = case.run(carry=WIDE)
+    alone, _, one_state = case.run(carry=CARRIES[0])
     assert torch.equal(alone, out[rows])
     assert torch.equal(one_state[piece.slot], state[piece.slot])
 

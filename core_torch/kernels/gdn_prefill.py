@@ -37,12 +37,13 @@ class Carry:
     stages: int
 
 
-NARROW, WIDE = Carry(columns=16, warps=4, stages=3), Carry(columns=32, warps=4, stages=2)
+# The widest first. (Triton 3.7 compiles one stage wrongly: it reads past its shared memory.)
+CARRIES = Carry(64, warps=4, stages=2), Carry(32, warps=4, stages=2), Carry(16, warps=4, stages=3)
 
 
 def choose_carry(states: int, dim: int) -> Carry:
-    """Narrow programs where few states (sequences times value heads) would leave the GPU half empty."""
-    return NARROW if states * dim // WIDE.columns <= FEW_PROGRAMS else WIDE
+    """As wide as leaves the GPU enough programs, for so many states (sequences times value heads)."""
+    return next((c for c in CARRIES if states * dim // c.columns > FEW_PROGRAMS), CARRIES[-1])
 
 
 class Piece(Protocol):

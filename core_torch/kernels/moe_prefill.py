@@ -20,7 +20,7 @@ MAX_EXPERTS, MAX_CHOICES = 1024, 32
 MAX_WHOLE = 256  # values of a row of `hidden` up to which `down` holds 192 rows: 96 KiB of shared memory
 MIN_BLOCK = 16  # of the inner dim of a product on tensor cores
 CHUNK = 1024  # pairs that one program of the sort takes (jit/moe_prefill.py: LANE_BITS)
-BLOCK_CHUNKS, BLOCK_TILES, ROUTE_ROWS = 16, 16, 4
+BLOCK_CHUNKS, BLOCK_TILES = 16, 16
 for_all_layers = lru_cache(maxsize=256)  # of a pass, and for passes of a length that comes again
 
 
@@ -119,11 +119,11 @@ def route_launch(
         "K": top_k,
         "SHARED": shared,
         "NORMALIZE": normalize,
-        "ROWS": ROUTE_ROWS,
+        "ROWS": 1,
         "BLOCK_N": _power_of_two(num_experts),
         "BLOCK_K": _power_of_two(top_k + shared),
     }
-    return Launch("moe_prefill", "route", (-(-num_tokens // ROUTE_ROWS), 1), sizes)
+    return Launch("moe_prefill", "route", (num_tokens, 1), sizes, warps=1)
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,9 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Sorting:
-    """A stable counting sort of pairs by expert: three kernels, and the sizes of what they write."""
+    """A stable counting sort of pairs by expert: two kernels, and the sizes of what they write."""
 
     count: Launch
-    place: Launch
     scatter: Launch
     chunks: int
     bins: int
@@ -150,13 +149,15 @@ class Sorting:
 def sorting(pairs: int, num_experts: int, tile_tokens: int) -> Sorting:
     chunks, bins = -(-pairs // CHUNK), _power_of_two(num_experts)
     sizes, how = {"N": num_experts, "CHUNK": CHUNK, "BLOCK_N": bins}, partial(Launch, "moe_prefill")
+    tiles = pairs // tile_tokens + min(num_experts, pairs)  # each expert's last tile may be short
+    programs = max(chunks, -(-tiles // BLOCK_TILES))
+    blocks = {"TILE": tile_tokens, "BLOCK_C": BLOCK_CHUNKS, "BLOCK_TILES": BLOCK_TILES}
     return Sorting(
         count=how("count", (chunks, 1), sizes),
-        place=how("place", (1, 1), {"BLOCK_N": bins, "BLOCK_C": BLOCK_CHUNKS}, warps=8),
-        scatter=how("scatter", (chunks, 1), {**sizes, "TILE": tile_tokens, "BLOCK_TILES": BLOCK_TILES}),
+        scatter=how("scatter", (programs, 1), {**sizes, **blocks}, warps=8),
         chunks=chunks,
         bins=bins,
-        tiles=pairs // tile_tokens + min(num_experts, pairs),  # each expert's last tile may be short
+        tiles=tiles,
     )
 
 
@@ -164,13 +165,11 @@ def group_by_expert(experts: Tensor, *, num_experts: int, tile_tokens: int) -> G
     """Pairs sorted by expert. experts [T, K] int32 or int64; ids outside 0..N-1: no expert."""
     pairs = experts.numel()
     run = sorting(pairs, num_experts, tile_tokens)
-    counts, shifts = (experts.new_empty(run.chunks, run.bins, dtype=torch.int32) for _ in range(2))
-    ends = experts.new_empty(run.bins, dtype=torch.int32)
+    counts = experts.new_empty(run.chunks, run.bins, dtype=torch.int32)
     order = experts.new_empty(pairs, dtype=torch.int32)
     tiles = experts.new_empty(run.tiles, 4, dtype=torch.int32)
     launch(run.count, experts, counts, pairs)
-    launch(run.place, counts, shifts, ends, run.chunks)
-    launch(run.scatter, experts, shifts, ends, order, tiles, pairs, run.tiles)
+    launch(run.scatter, experts, counts, order, tiles, pairs, run.chunks, run.tiles)
     return Grouping(order, tiles)
 
 
@@ -270,7 +269,7 @@ class ChoiceParts:
 def expert_parts_prefill(
     x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, *, tiles: Tiles | None = None
 ) -> ChoiceParts:
-    """`moe.routed_experts` before its sum over a token's choices, in five kernels; a token's bits do not depend on the
+    """`moe.routed_experts` before its sum over a token's choices, in four kernels; a token's bits do not depend on the
     other tokens, for one choice of `tiles`.
 
     x [T, D], weights [T, K] bfloat16; experts [T, K] int32 or int64, where an id outside 0..N-1 stands for no expert;
@@ -287,7 +286,7 @@ def expert_parts_prefill(
 def routed_experts_prefill(
     x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, *, tiles: Tiles | None = None
 ) -> Tensor:
-    """`moe.routed_experts` in six kernels: `expert_parts_prefill` with its sum -> this rank's partial sum [T, D]."""
+    """`moe.routed_experts` in five kernels: `expert_parts_prefill` with its sum -> this rank's partial sum [T, D]."""
     return expert_parts_prefill(x, weights, experts, gate_up, down, tiles=tiles).sum()
 
 

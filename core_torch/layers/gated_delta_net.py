@@ -18,8 +18,7 @@ from core_torch.kernels.allreduce import ReduceGroup
 from core_torch.kernels.choice import NOT_ASKED, Answers, KernelOptions
 from core_torch.kernels.gdn_decode import check_gdn_decode, gdn_decode, gdn_decode_plain
 from core_torch.kernels.gdn_prefill import (
-    NARROW,
-    WIDE,
+    CARRIES,
     check_gdn_prefill,
     cut_into_chunks,
     gdn_prefill,
@@ -88,7 +87,7 @@ class GatedDeltaNet(nn.Module):
         conv = torch.zeros(1, channels, taps - 1, dtype=dtype, device=device)
         state = torch.zeros(1, self.num_v_heads, dim, dim, device=device)
         chunks = cut_into_chunks([Span(0, WARM_UP_TOKENS, 0, 0)], device)
-        for carry in (NARROW, WIDE):
+        for carry in CARRIES:
             gdn_prefill(projected, conv, state, chunks, **self._weights(), carry=carry)
 
     def forward(self, x: torch.Tensor, batch: Batch, cache: StateCache) -> PartialSum:

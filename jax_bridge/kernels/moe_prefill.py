@@ -52,22 +52,19 @@ def routed_experts_prefill(
     *,
     device: torch.device,
 ) -> Float[Array, "T D"]:
-    """`moe.routed_experts` in six kernels; an id outside 0..N-1 stands for no expert."""
+    """`moe.routed_experts` in five kernels; an id outside 0..N-1 stands for no expert."""
     (T, K), (N, D, I) = experts.shape, down.shape  # noqa: E741
     tiles = choose_tiles(T * K / N, I)
     sort = sorting(T * K, N, tiles.tokens)
-    table = _int32(sort.chunks, sort.bins)
-    (counts,) = launch(sort.count, device, experts, table, scalars=(T * K,))
-    shifts, ends = launch(sort.place, device, counts, table, _int32(sort.bins), scalars=(sort.chunks,))
+    (counts,) = launch(sort.count, device, experts, _int32(sort.chunks, sort.bins), scalars=(T * K,))
     order, listed = launch(
         sort.scatter,
         device,
         experts,
-        shifts,
-        ends,
+        counts,
         _int32(T * K),
         _int32(sort.tiles, 4),
-        scalars=(T * K, sort.tiles),
+        scalars=(T * K, sort.chunks, sort.tiles),
     )
     (hidden,) = launch(
         gate_up_launch(sort.tiles, D, I, K, tiles.gate_up),

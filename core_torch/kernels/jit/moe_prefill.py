@@ -74,62 +74,55 @@ def count(experts, counts, P, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.
 
 
 @triton.jit
-def place(counts, shifts, ends, chunks, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One program. ends [BLOCK_N]: where each expert's pairs end among all, sorted; shifts [chunks, BLOCK_N]: what to
-    add to a pair's place in its sorted chunk to find its place among all."""
-    expert = tl.arange(0, BLOCK_N)
-    row = tl.arange(0, BLOCK_C)
-    total = tl.zeros([BLOCK_N], tl.int32)
-    for first in range(0, chunks, BLOCK_C):
-        at = counts + (first + row)[:, None] * BLOCK_N + expert[None, :]
-        total += tl.sum(tl.load(at, mask=(first + row < chunks)[:, None], other=0), axis=0)
-    end = tl.cumsum(total, axis=0)
-    tl.store(ends + expert, end)
-    before = end - total
-    for first in range(0, chunks, BLOCK_C):
-        places = (first + row)[:, None] * BLOCK_N + expert[None, :]
-        live = (first + row < chunks)[:, None]
-        found = tl.load(counts + places, mask=live, other=0)
-        earlier = tl.cumsum(found, axis=0) - found
-        within = tl.cumsum(found, axis=1) - found
-        tl.store(shifts + places, before[None, :] + earlier - within, mask=live)
-        before += tl.sum(found, axis=0)
-
-
-@triton.jit
 def scatter(
     experts,
-    shifts,
-    ends,
+    counts,
     order,
     tiles,
     P,
+    chunks,
     num_tiles,
     N: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
     """order [P]: pairs sorted by expert, those of one expert in their own order (pairs without an expert are left out).
 
-    tiles [num_tiles, 4]: expert, first place in `order`, number of pairs; expert -1 where there are fewer tiles.
+    tiles [num_tiles, 4]: expert, first place in `order`, number of pairs; expert -1 where there are fewer tiles. A
+    program has a chunk of pairs, if there is one for it, and its share of the tiles. Each adds up all of `counts`
+    [chunks, BLOCK_N], which is faster than one kernel more that does it for all.
     """
     chunk = tl.program_id(0)
     lane = tl.arange(0, CHUNK)
     at = chunk * CHUNK + lane
     expert = tl.load(experts + at, mask=at < P, other=-1).to(tl.int32)
     expert = tl.where((expert >= 0) & (expert < N), expert, BLOCK_N)
+
+    bins = tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_N], tl.int32)
+    earlier = tl.zeros([BLOCK_N], tl.int32)
+    for block in range(0, chunks, BLOCK_C):
+        row = (block + rows)[:, None]
+        found = tl.load(counts + row * BLOCK_N + bins[None, :], mask=row < chunks, other=0)
+        total += tl.sum(found, axis=0)
+        earlier += tl.sum(tl.where(row < chunk, found, 0), axis=0)
+    end = tl.cumsum(total, axis=0)
+    first = end - total
+    own = tl.load(counts + chunk * BLOCK_N + bins, mask=(bins < BLOCK_N) & (chunk < chunks), other=0)
+    # What to add to a pair's place in its sorted chunk to find its place among all.
+    shifts = first + earlier - (tl.cumsum(own, axis=0) - own)
+
     key = tl.sort((expert << LANE_BITS) | lane)
     expert = key >> LANE_BITS
     found = expert < BLOCK_N
-    shift = tl.load(shifts + chunk * BLOCK_N + expert, mask=found, other=0)
+    shift = tl.gather(shifts, tl.where(found, expert, 0), axis=0)
     tl.store(order + shift + lane, chunk * CHUNK + (key & (CHUNK - 1)), mask=found)
 
-    bins = tl.arange(0, BLOCK_N)
-    end = tl.load(ends + bins)
-    first = tl.load(ends + bins - 1, mask=bins > 0, other=0)
-    own = (end - first + TILE - 1) // TILE
+    own = (total + TILE - 1) // TILE
     tile_end = tl.cumsum(own, axis=0)
     for block in range(chunk, tl.cdiv(num_tiles, BLOCK_TILES), tl.num_programs(0)):
         tile = block * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
