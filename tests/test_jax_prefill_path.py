@@ -145,5 +145,5 @@ def test_an_engine_on_interpreted_kernels(tmp_path: Path) -> None:
     assert found["usable"] == ["gdn_prefill", "moe_prefill"]
     assert set(found["calls"]) == {
         "mix", "keep_inputs", "solve", "carry", "finish",
-        "route", "count", "place", "scatter", "gate_up", "down", "combine",
+        "route", "count", "scatter", "gate_up", "down", "combine",
     }  # fmt: skip
