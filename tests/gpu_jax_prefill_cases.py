@@ -61,8 +61,8 @@ def gdn() -> dict[str, Any]:
             named = dict(zip(NAMES, weights, strict=True))
             out = torch_gdn.gdn_prefill(projected, conv, state, chunks, **named, eps=EPS)
             # More pieces than there are, as in a padded pass.
-            past = chunks.chunks.new_zeros(3, 4)
-            tables = on_jax(chunks.sequences, torch.cat((chunks.chunks, past)))
+            spare = chunks.chunks.new_zeros(3, 4)
+            tables = on_jax(chunks.sequences, torch.cat((chunks.chunks, spare)))
             got, *caches = step(*on_jax(projected), *caches, *tables, *on_xla)
             counts += different((got, *caches), (out, conv, state))
         found[name] = counts

@@ -24,6 +24,7 @@ from core_torch.kernels.comm import GlooComm, SingleComm
 from core_torch.kernels.contract import add_rmsnorm, sum_in_rank_order
 from core_torch.kernels.counts import ReductionCounts
 from core_torch.kernels.moe_prefill import ChoiceParts
+from core_torch.kernels.native import Answer
 from core_torch.kernels.norm import rms_norm, rms_norm_reference
 from core_torch.kernels.workspace import Workspace, open_workspace
 from shared_config import FlashInferInfo, FusionDecision
@@ -113,24 +114,30 @@ def test_every_way_to_pay_keeps_the_contract(ranks: Pools, world_size: int):
         assert all(torch.equal(*pair) for pair in zip(results[0]["outputs"], other["outputs"], strict=True))
 
 
+def in_pieces(part: Tensor) -> ChoiceParts:
+    """Three choices of each token, one of them without an expert: it counts nothing."""
+    experts = torch.zeros(len(part), 3).int()
+    experts[::2, 1], experts[1::2, 2] = 1, -1
+    return ChoiceParts(torch.stack((part / 4, part, part / 2), dim=1).flatten(0, 1), experts, 1)
+
+
+def plain_combine(parts: Tensor, experts: Tensor, *, num_experts: int) -> Tensor:
+    kept = (experts >= 0) & (experts < num_experts)
+    return torch.where(kept[..., None], parts.unflatten(0, experts.shape).float(), 0).sum(1).to(parts.dtype)
+
+
 def pay_choices(mode: str) -> list[bool]:
     """Parts of two choices a token where no kernel adds them, with a plain `combine` in the compiled one's place."""
     rank, equal = dist.get_rank(), []
     decision = decide(2, max_tokens=LIMIT, itemsize=2, mode=mode)
 
-    def combine(parts: Tensor, experts: Tensor, *, num_experts: int) -> Tensor:
-        assert num_experts == 1
-        return parts.unflatten(0, experts.shape).float().sum(1).to(parts.dtype)
-
-    with mock.patch.object(moe_prefill, "combine", combine), ExitStack() as stack:
+    with mock.patch.object(moe_prefill, "combine", plain_combine), ExitStack() as stack:
         workspace = stack.enter_context(open_reference(decision, torch.bfloat16)) if mode == "on" else None
         group = reduce_group(decision, workspace)
         pay = partial(allreduce_residual_rmsnorm, group=group, eps=EPS, weight_bias=1.0)
         for num_tokens in TOKENS:
             part, residual, weight = operands(num_tokens, rank, torch.bfloat16)
-            choices = ChoiceParts(
-                torch.stack((part / 4, part / 2), dim=1).flatten(0, 1), torch.zeros(num_tokens, 2).int(), 1
-            )
+            choices = in_pieces(part)
             for stream in (residual, None):
                 want, got = pay(choices.sum(), stream, weight), pay(choices, stream, weight)
                 equal += [torch.equal(*pair) for pair in zip(got, want, strict=True)]
@@ -140,8 +147,15 @@ def pay_choices(mode: str) -> list[bool]:
         equal.append(torch.equal(pay(choices, residual, weight, group=alone)[0], residual + part))
         with pytest.raises(ValueError, match=r"residual must have shape \(3, 64\) .* got \(2, 64\)"):
             pay(choices, residual[:2], weight)
-        with pytest.raises(ValueError, match=r"a row for each of experts \(3, 2\), got 3"):
-            pay(replace(choices, experts=torch.zeros(3, 2).int()), residual, weight)
+        wrong = {
+            r"a row for each of experts \(3, 2\), got shape \(3, 64\)": {"experts": torch.zeros(3, 2).int()},
+            r"experts must be .* got shape \(3,\)": {"experts": torch.zeros(3).int()},
+            r"experts must be .* got shape \(3, 0\)": {"experts": torch.zeros(3, 0).int()},
+            "parts and experts must be contiguous": {"parts": part.repeat(1, 2)[:, ::2]},
+        }
+        for message, changed in wrong.items():
+            with pytest.raises(ValueError, match=message):
+                pay(replace(choices, **changed), residual, weight)
         payments = 4 * len(TOKENS)
         counts = (payments, 0) if mode == "on" else (0, payments)
         assert (group.counts.fused, group.counts.unfused) == counts
@@ -317,8 +331,41 @@ def compiled(world_size: int) -> dict[str, Any]:
         return {"equal": equal, "graphs": len(traced)}
 
 
-def test_torch_compile_sees_one_op_that_counts_and_chooses(ranks: Pools):
-    for result in ranks(2).run(compiled, 2, timeout=120):
+def compiled_choices(world_size: int) -> dict[str, Any]:
+    """The same of a part that comes as choices."""
+    decision, traced, equal = decide(world_size, max_tokens=8), [], []
+    with (
+        mock.patch.object(moe_prefill, "combine", plain_combine),
+        open_reference(decision, torch.bfloat16, 8) as space,
+    ):
+        group = reduce_group(decision, space)
+
+        def layer(parts: Tensor, experts: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            choices = ChoiceParts(parts * 2, experts, 1)
+            return allreduce_residual_rmsnorm(
+                choices, residual, weight, group=group, eps=EPS, weight_bias=1.0
+            )
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            traced.append(graph)
+            return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+        fast = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+        with torch.no_grad():
+            for num_tokens in (3, 8, 9, 67):
+                part, *rest = operands(num_tokens, group.rank, torch.bfloat16)
+                pieces, before = in_pieces(part), group.counts.snapshot()
+                got = fast(pieces.parts, pieces.experts, *rest)
+                counts = group.counts.difference(before)
+                assert (counts.fused, counts.unfused) == (num_tokens <= 8, num_tokens > 8)
+                want = layer(pieces.parts, pieces.experts, *rest)
+                equal += [torch.equal(*pair) for pair in zip(got, want, strict=True)]
+    return {"equal": equal, "graphs": len(traced)}
+
+
+@pytest.mark.parametrize("function", [compiled, compiled_choices])
+def test_torch_compile_sees_one_op_that_counts_and_chooses(ranks: Pools, function: Callable[[int], Any]):
+    for result in ranks(2).run(function, 2, timeout=120):
         assert all(result["equal"])
         assert result["graphs"] <= 2, "a batch of another kind must not compile anew"
 
@@ -333,6 +380,13 @@ def check_registration(world_size: int) -> None:
             torch.library.opcheck(
                 torch.ops.crossfuse.allreduce_residual_rmsnorm.default, arguments, test_utils=checks
             )
+        with mock.patch.object(moe_prefill, "combine", plain_combine):
+            pieces = in_pieces(partial)
+            torch.library.opcheck(
+                torch.ops.crossfuse.allreduce_residual_rmsnorm_of_choices.default,
+                (pieces.parts, pieces.experts, 1, residual, weight, group.handle, EPS, 1.0),
+                test_utils=checks,
+            )
         torch.library.opcheck(
             torch.ops.crossfuse.all_reduce.default, (partial, group.handle), test_utils=checks
         )
@@ -340,6 +394,20 @@ def check_registration(world_size: int) -> None:
 
 def test_the_ops_do_what_their_schemas_and_fakes_say(ranks: Pools):
     ranks(2).run(check_registration, 2)
+
+
+def agree(usable_on: int) -> list[Answer]:
+    group = reduce_group(decide(2))
+    mine = Answer(group.rank == usable_on or usable_on == 2, "no triton")
+    return [group.agree("moe_prefill", answer) for answer in (mine, Answer(True))]
+
+
+def test_a_kernel_that_one_rank_lacks_is_nobodys(ranks: Pools):
+    assert all(answer.usable for answers in ranks(2).run(agree, 2) for answer in answers)
+    lacking = "choosing moe_prefill failed on rank 1 (no triton)"
+    here, there = ranks(2).run(agree, 0)
+    assert here == [Answer(False, lacking)] * 2
+    assert there == [Answer(False, "no triton"), Answer(False, lacking)]
 
 
 # A group of one, and what is refused.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from core_torch import LLM, SamplingParams
+from core_torch.kernels.workspace import Workspace
 from core_torch.session import Session, SessionSpec, open_session
 from shared_config import FusionDecision, FusionRequest, ParallelLayout, Qwen3NextConfig
 from shared_config.generation import Request
@@ -79,6 +81,13 @@ def on_rank(spec: SessionSpec, prompts: list[str], max_tokens: int) -> tuple[Fus
     """On every rank of the pool: open a session, generate, close it."""
     with open_session(spec, dist.get_rank()) as session:
         return session.decision, generate(session, prompts, max_tokens)
+
+
+def counting_choices(spec: SessionSpec, prompts: list[str]) -> tuple[FusionDecision, Outputs, int]:
+    """`on_rank` for one token of each prompt, and how many reductions added a token's choices."""
+    adding = Workspace.run_choices
+    with mock.patch.object(Workspace, "run_choices", autospec=True, side_effect=adding) as spied:
+        return *on_rank(spec, prompts, 1), spied.call_count
 
 
 def run(
@@ -148,7 +157,9 @@ def test_a_pass_of_long_calls_has_the_unfused_bits(pool: RankPool, shared_size: 
     lines = "x = 1\n" * 150
     prompts = [f"{i} = {i}\n{lines}" for i in range(12)]
     options = {"max_step_tokens": 8192, "max_model_len": 1024, "max_num_seqs": 12, "shared_size": shared_size}
-    decision, outputs = run(pool, prompts, FusionRequest(mode="on"), max_tokens=1, **options)
+    spec = make_spec(FusionRequest(mode="on"), **options)
+    decision, outputs, calls_with_choices = pool.run(counting_choices, spec, prompts, timeout=90)[0]
+    assert calls_with_choices == (0 if shared_size is None else 8)  # one a layer
     tokens = sum(len(output.prompt_token_ids) for output in outputs)
     assert decision.max_backend_tokens(2) < tokens <= 8192, decision.pair.source
     assert all(

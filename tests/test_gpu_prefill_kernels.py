@@ -7,6 +7,7 @@ rest without a GPU.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -153,8 +154,17 @@ def test_moe_prefill_skips_choices_without_experts(experts: Moe) -> None:
     assert torch.equal(got[60:], alone)
 
 
-@pytest.mark.parametrize("N", [1, 7, 513] if INTERPRETED else [1, 7, 16, 513, 1024])
-@pytest.mark.parametrize("pairs", [1, 3, 1025] if INTERPRETED else [1, 3, 1000, 1024, 90112])
+SORTS = (
+    [
+        *itertools.product((1, 7, 513), (1, 3, 1025)),
+        (7, 17 * 1024 + 5),
+    ]  # the last of more chunks than are added at once
+    if INTERPRETED
+    else [*itertools.product((1, 7, 16, 513, 1024), (1, 3, 1000, 1024, 90112))]
+)
+
+
+@pytest.mark.parametrize(("N", "pairs"), SORTS)
 def test_pairs_are_sorted_by_expert(N: int, pairs: int) -> None:
     for ids in (
         torch.randint(0, N, (pairs,), device=DEVICE),

@@ -27,7 +27,7 @@ from core_torch.kernels.flash_prefill import (
     flat_slots,
     lay_out,
 )
-from core_torch.kernels.gdn_prefill import check_gdn_prefill, cut_into_chunks
+from core_torch.kernels.gdn_prefill import CARRIES, check_gdn_prefill, choose_carry, cut_into_chunks
 from core_torch.kernels.moe_prefill import Tile, Tiles, check_moe_prefill, choose_tiles, down_launch
 from core_torch.kernels.native import Answer
 from core_torch.kernels.triton_kernels import Launch, launch
@@ -41,6 +41,13 @@ from shared_config.scheduler import Chunk, Sequence, Step
 
 CPU = torch.device("cpu")
 TINY = Path(__file__).parent / "data/tiny-qwen3-next"
+
+
+def test_states_are_carried_as_wide_as_leaves_enough_programs() -> None:
+    columns = {states: choose_carry(states, 128).columns for states in (256, 128, 65, 64, 33, 32, 1)}
+    assert columns == {256: 64, 128: 64, 65: 64, 64: 32, 33: 32, 32: 16, 1: 16}
+    assert choose_carry(512, 32).columns == 64  # more than a head has: all of them
+    assert all(carry.stages > 1 for carry in CARRIES)
 
 
 def test_chunks_never_cross_the_end_of_a_sequence() -> None:

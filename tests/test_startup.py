@@ -260,7 +260,8 @@ class FakePair:
 
     def run_choices(self, choices: ChoiceParts, *operands: Any) -> None:
         self.choices.append(len(choices.experts))
-        self.run(choices.parts.unflatten(0, choices.experts.shape).sum(1), *operands)
+        kept = (choices.experts >= 0) & (choices.experts < choices.num_experts)
+        self.run((choices.parts.unflatten(0, kept.shape) * kept[..., None]).sum(1), *operands)
 
     def destroy(self) -> None:
         self.closed = True
@@ -283,15 +284,26 @@ def test_long_calls_run_in_their_own_kernel_which_is_tested_first(
         for count in (100, 101, 7):
             rows = torch.zeros(count, HIDDEN, dtype=torch.bfloat16)
             workspace.run(rows, rows, rows[0], 1e-6, 1.0)
-            choices = ChoiceParts(torch.ones(3 * count, HIDDEN).bfloat16(), torch.zeros(count, 3).int(), 1)
+            experts = torch.tensor([0, 1, 0, -1]).int().repeat(count, 1)
+            choices = ChoiceParts(torch.ones(4 * count, HIDDEN).bfloat16(), experts, 1)
             assert workspace.adds_choices(choices) == (count == 101)
-            assert not workspace.adds_choices(replace(choices, experts=choices.experts.long()))
+            refused = [replace(choices, experts=experts.long())]
             if count == 101:
                 summed, _ = workspace.run_choices(choices, rows, rows[0], 1e-6, 1.0)
-                assert torch.equal(summed, torch.full_like(rows, 6.0))
+                assert torch.equal(summed, torch.full_like(rows, 4.0))
+                many = torch.zeros(count, 33).int()
+                refused.append(ChoiceParts(torch.ones(33 * count, HIDDEN).bfloat16(), many, 1))
+                wide = torch.zeros(count, 2 * HIDDEN).bfloat16()
+                with pytest.raises(ValueError, match="does not add choices"):
+                    workspace.run_choices(
+                        ChoiceParts(wide, many[:, :1].contiguous(), 1), wide, wide[0], 1e-6, 1.0
+                    )
             else:
-                with pytest.raises(ValueError, match="sum them"):
-                    workspace.run_choices(choices, rows, rows[0], 1e-6, 1.0)
+                refused.append(choices)
+            for other in refused:
+                assert not workspace.adds_choices(other)
+                with pytest.raises(ValueError, match=r"does not add choices .*: give it their sum\(\)"):
+                    workspace.run_choices(other, rows, rows[0], 1e-6, 1.0)
 
     started = start_on_threads(fake, decision=lambda _: same)
     assert [pair.max_tokens for pair in made_pairs] == [150, 150]

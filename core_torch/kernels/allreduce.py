@@ -25,6 +25,7 @@ from core_torch.kernels.counts import ReductionCounts
 from core_torch.kernels.moe_prefill import ChoiceParts
 from core_torch.kernels.native import Answer
 from core_torch.kernels.pair_allreduce import pair_answer
+from core_torch.kernels.votes import Vote, vote
 
 if TYPE_CHECKING:
     from core_torch.kernels.comm import CommBackend
@@ -59,6 +60,7 @@ class ReduceGroup:
     compiled: Answer = NOT_ASKED  # whether add and norm are one kernel where the sum is not fused with them
     handle: int = field(init=False)
     _answers: dict[tuple[int, int], BatchAnswer] = field(init=False, default_factory=dict, repr=False)
+    _agreed: dict[str, Vote] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -77,6 +79,18 @@ class ReduceGroup:
         self.compiled = options.ask("add_norm", check_add_norm, hidden_size=self.decision.hidden_size)
         alone = {"add_norm": self.compiled}
         return alone if self.size == 1 else alone | {"pair_allreduce": pair_answer(self.decision)}
+
+    def agree(self, name: str, answer: Answer) -> Answer:
+        """Collective, once a name: kernel `name` is usable where every rank of the group says so.
+
+        For kernels that decide what a rank brings to a reduction (`ChoiceParts` or a sum), which all must bring alike.
+        """
+        if self.size == 1:
+            return answer
+        if name not in self._agreed:
+            self._agreed[name] = vote(self.comm, answer.usable, f"choosing {name}", answer.reason)
+        agreed = self._agreed[name]
+        return Answer(agreed.passed, agreed.reason) if answer.usable else answer
 
     def fuses(self, num_tokens: int, itemsize: int) -> BatchAnswer:
         """Whether a batch of `num_tokens` is fused, and why not. Remembered: a model asks twice per layer."""
@@ -102,9 +116,8 @@ def allreduce_residual_rmsnorm(
     Consumes `partial`: its contents are undefined afterwards, as the sum must not be paid twice. `residual`
     may be None (none yet); the result's residual is then the sum. A group of one launches no collective and
     counts nothing. Under `torch.compile` this is one opaque op. All ranks of the group call with the same
-    shapes, in the same order.
-
-    Choices are added in the same kernel where that can (`Workspace.adds_choices`), with the same bits.
+    shapes, in the same order, and all with choices or none. Choices are added in the same kernel where that can
+    (`Workspace.adds_choices`), with the same bits.
 
     Raises ValueError or TypeError for operands that do not fit together.
     """
@@ -134,7 +147,10 @@ def fused(
     eps: float,
     weight_bias: float,
 ) -> tuple[Tensor, Tensor]:
-    """`allreduce_residual_rmsnorm` in one kernel, through the workspace. ValueError where there is none."""
+    """`allreduce_residual_rmsnorm` in one kernel, through the workspace. ValueError where there is none.
+
+    Choices that the workspace does not add are added before, in a kernel of their own.
+    """
     if group.workspace is None:
         raise ValueError(f"group {group.name} has no workspace to fuse in: {group.decision.reason}")
     if isinstance(partial, ChoiceParts):
@@ -159,7 +175,7 @@ def unfused(
     eps: float,
     weight_bias: float,
 ) -> tuple[Tensor, Tensor]:
-    """`allreduce_residual_rmsnorm` in three steps, the sum in place in `partial`."""
+    """`allreduce_residual_rmsnorm` in three steps, the sum in place in `partial`; choices are added before."""
     if isinstance(partial, ChoiceParts):
         partial = partial.sum()
     # With no residual the sum becomes the residual, which must not be the partial that was consumed.

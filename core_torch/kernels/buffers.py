@@ -1,8 +1,8 @@
 """The memory that one group reduces through: FlashInfer's, or plain collectives with the same contract.
 
-Both classes have the same five steps, which `Workspace` takes with a vote after each: `probe` (local),
-`create` (collective, over the communicator it is given), `run`, `raw`, `destroy` (local). Shapes: R ranks,
-T tokens, D hidden.
+Both classes have the same steps, which `Workspace` takes with a vote after each: `probe` (local), `create` (collective,
+over the communicator it is given), `run`, `raw`, `destroy` (local); `run_choices` is `run` of choices, where the class
+`adds_choices`. Shapes: R ranks, T tokens, D hidden.
 """
 
 from __future__ import annotations

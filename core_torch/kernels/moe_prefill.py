@@ -256,9 +256,18 @@ class ChoiceParts:
 
     def check(self, weight: Tensor, residual: Tensor) -> None:
         """`check_operands` of the sum, before there is one."""
-        if len(self.parts) != self.experts.numel():
+        if self.experts.dim() != 2 or self.experts.shape[1] == 0:
             raise ValueError(
-                f"parts must have a row for each of experts {tuple(self.experts.shape)}, got {len(self.parts)}"
+                f"experts must be [num_tokens, choices of each], got shape {tuple(self.experts.shape)}"
+            )
+        if not (self.parts.is_contiguous() and self.experts.is_contiguous()):
+            raise ValueError(
+                f"parts and experts must be contiguous, got strides {self.parts.stride()} and {self.experts.stride()}"
+            )
+        if self.parts.dim() != 2 or len(self.parts) != self.experts.numel():
+            raise ValueError(
+                f"parts must have a row for each of experts {tuple(self.experts.shape)}, got shape "
+                f"{tuple(self.parts.shape)}"
             )
         check_operands(self.parts[: self.shape[0]], weight, residual=residual)
 

@@ -20,7 +20,7 @@ from core_torch.kernels.moe_prefill import ChoiceParts
 from shared_config import FusionDecision
 
 MAX_DIM = 8192  # csrc/add_norm.cuh
-# kPlainRows and kChoiceRows of csrc/pair_allreduce.cuh: of which the rows are a multiple, and the rows of one flag.
+# kPlainRows and kChoiceRows of csrc/pair_allreduce.cuh: of which the rows are a multiple, and the fewest of one flag.
 ROW_MULTIPLE, FLAG_ROWS = 4, 2
 
 

@@ -24,7 +24,7 @@ from core_torch.kernels.buffers import Buffers, FlashInferBuffers, ReferenceBuff
 from core_torch.kernels.comm import CommBackend
 from core_torch.kernels.contract import check_operands
 from core_torch.kernels.flashinfer_api import FlashInferApi, RawKernel
-from core_torch.kernels.moe_prefill import ChoiceParts
+from core_torch.kernels.moe_prefill import MAX_CHOICES, ChoiceParts
 from core_torch.kernels.votes import Attempt, attempt, attempt_together, vote
 from shared_config import FlashInferInfo, FusionDecision
 
@@ -82,7 +82,7 @@ class Workspace:
         return not self.closed and num_tokens <= self.max_tokens
 
     def takes(self, partial: Tensor | ChoiceParts) -> bool:
-        """Whether `run` would take this batch."""
+        """Whether `run` would take this batch (of choices: its sum)."""
         num_tokens, hidden_size = partial.shape
         return self.sufficient(num_tokens) and hidden_size == self.hidden_size and partial.dtype == self.dtype
 
@@ -130,6 +130,7 @@ class Workspace:
     def adds_choices(self, choices: ChoiceParts) -> bool:
         """Whether `run_choices` would take this batch."""
         fits = self.takes(choices) and choices.experts.dtype == torch.int32
+        fits = fits and choices.experts.shape[1] <= MAX_CHOICES
         return fits and self._buffers is not None and self._buffers.adds_choices(choices.shape[0])
 
     def run_choices(
@@ -142,6 +143,12 @@ class Workspace:
         if self.closed or self._buffers is None:
             raise RuntimeError("the workspace is closed; open a new one before capture")
         choices.check(weight, residual)
+        if residual.device != self.device or not self.adds_choices(choices):
+            raise ValueError(
+                f"the workspace (hidden size {self.hidden_size}, {self.dtype}, {self.device}) does not add choices of "
+                f"shape {choices.shape}, {choices.dtype}, experts {tuple(choices.experts.shape)} of "
+                f"{choices.experts.dtype}, on {residual.device}: give it their sum()"
+            )
         out_residual, out_normed = torch.empty_like(residual), torch.empty_like(residual)
         self._buffers.run_choices(choices, residual, weight, eps, weight_bias, out_residual, out_normed)
         return out_residual, out_normed

@@ -139,7 +139,8 @@ class SparseMoE(nn.Module):
             "hidden_size": D,
             "intermediate_size": local,
         }
-        self.many = options.ask("moe_prefill", check_moe_prefill, **shapes)
+        many = options.ask("moe_prefill", check_moe_prefill, **shapes)
+        self.many = self.experts.group.agree("moe_prefill", many)
         self.few = (
             options.ask("moe_decode", check_moe_decode, **shapes)
             if self.experts.first is None

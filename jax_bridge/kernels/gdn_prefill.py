@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import torch
 from jaxtyping import Array, Float, Int32
 
-from core_torch.kernels.gdn_prefill import launches
+from core_torch.kernels.gdn_prefill import choose_carry, launches
 from jax_bridge.kernels.triton_kernels import Changed, launch
 
 
@@ -46,6 +46,7 @@ def gdn_prefill(
         stride=width,
         num_sequences=len(sequences),
         num_chunks=len(chunks),
+        carry=choose_carry((len(sequences) - 1) * HV, dim),  # the last one is the rows that pad
     )
 
     def new(*shape: int, dtype: jnp.dtype = projected.dtype) -> jax.ShapeDtypeStruct:

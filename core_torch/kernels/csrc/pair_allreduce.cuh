@@ -13,7 +13,7 @@
 // matter. A row's bits depend on D alone. Without a residual the result is the sum; without `out_normed` there is no norm.
 //
 // A rank's part may come as the parts of each token's choices (of experts), which are then added here: what `combine` of
-// ../jit/moe_prefill.py does, with its bits, while the link is busy.
+// ../jit/moe_prefill.py does, with its bits, while the link is busy. Both ranks' parts come in the same way.
 // Shapes: T tokens, D hidden, K choices, N experts.
 #pragma once
 
@@ -23,7 +23,7 @@ namespace crossfuse::pair_allreduce {
 
 using add_norm::kMaxDim, add_norm::kMaxWarps, add_norm::pack, add_norm::unpack;
 
-constexpr int kPlainRows = 4, kChoiceRows = 2;  // of a flag, and with choices
+constexpr int kPlainRows = 4, kChoiceRows = 2;  // of one flag, in plain calls and in calls with choices
 constexpr int kUsualDims = 2048;                // up to which a block has 256 threads
 constexpr int kMaxChoices = kWarp;
 
@@ -32,7 +32,7 @@ struct State {
 };
 
 struct Params {
-  const bf16* partial;     // [T, D], or with experts [T, K, D]
+  const bf16* partial;     // [T, D], or with experts [T K, D]
   const int32_t* experts;  // [T, K] or null; an id outside 0..N-1: no expert, and its part is not read
   const bf16* residual;    // [T, D] or null
   const bf16* weight;      // [D], and weight_bias is added; null with out_normed
