@@ -232,8 +232,7 @@ class FlashInferBuffers:
         out_normed: Tensor,
     ) -> None:
         pair = self._pair_for(residual.shape[0])
-        if pair is None:
-            raise ValueError(f"choices of {residual.shape[0]} tokens are not added here: sum them")
+        assert pair is not None  # `adds_choices` said so
         pair.run_choices(choices, residual, weight, eps, weight_bias, out_residual, out_normed)
 
     def raw(self) -> RawKernel:
