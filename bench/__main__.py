@@ -229,7 +229,11 @@ def main(argv: list[str] | None = None) -> int:
     op, kernels = (add_frameworks, add_op), (add_shapes,)
     for name, adders, help_text in (
         ("op", op, "the fused op against its alternatives, by number of tokens"),
-        ("kernels", kernels, "each own kernel against plain torch, beside its floor; on one device"),
+        (
+            "kernels",
+            kernels,
+            "each own kernel against plain torch, beside its floor; on one device, and for two ranks on two",
+        ),
         (
             "model",
             (*kernels, add_frameworks, add_model),

@@ -92,7 +92,7 @@ def make_clock(
     chain: Callable[[], Any],
     count: int,
     *,
-    restore: Callable[[], None],
+    restore: Callable[[], object],
     counts: ReductionCounts,
     device: torch.device,
 ) -> Clock:
@@ -104,7 +104,7 @@ def make_clock(
 
 class GraphClock:
     def __init__(
-        self, chain: Callable[[], Any], count: int, restore: Callable[[], None], counts: ReductionCounts
+        self, chain: Callable[[], Any], count: int, restore: Callable[[], object], counts: ReductionCounts
     ) -> None:
         self._count, self._restore, self._counts = count, restore, counts
         self._meeting = torch.zeros(1, device="cuda")
@@ -127,7 +127,7 @@ class GraphClock:
 
 class PlainClock:
     def __init__(
-        self, chain: Callable[[], Any], count: int, restore: Callable[[], None], counts: ReductionCounts
+        self, chain: Callable[[], Any], count: int, restore: Callable[[], object], counts: ReductionCounts
     ) -> None:
         del counts  # the calls count themselves
         self._chain, self._count, self._restore = chain, count, restore

@@ -68,7 +68,8 @@ class Case:
     num_sets: int
     memory_bytes: int
     flops: float = 0.0
-    restore: Callable[[], None] = nothing
+    wire_bytes: int = 0
+    restore: Callable[[], object] = nothing
 
     @property
     def module(self) -> str:
@@ -227,13 +228,13 @@ def _gdn_prefill(rank: Rank, count: int, length: int) -> Case:
     )
 
 
-def _moe_shapes(rank: Rank) -> dict[str, int]:
-    _, D, I = rank.experts[1].shape  # noqa: E741
+def moe_shapes(rank: Rank) -> dict[str, int]:
+    config = rank.config
     return {
-        "num_experts": rank.config.num_experts + rank.shared,
-        "top_k": rank.config.num_experts_per_tok + rank.shared,
-        "hidden_size": D,
-        "intermediate_size": I,
+        "num_experts": config.num_experts + rank.shared,
+        "top_k": config.num_experts_per_tok + rank.shared,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.moe_intermediate_size // rank.tp,
     }
 
 
@@ -294,7 +295,7 @@ def _route(
         phase=phase,
         num_tokens=T,
         length=None,
-        answer=rank.options.ask(module, check, **_moe_shapes(rank)),
+        answer=rank.options.ask(module, check, **moe_shapes(rank)),
         compiled=lambda i: compiled(logits[i]),
         plain=lambda i: _plain_routing(rank, logits[i])[0],
         num_sets=len(logits),
@@ -303,7 +304,7 @@ def _route(
 
 
 def _moe_decode(rank: Rank, B: int) -> Case:
-    answer = rank.options.ask("moe_decode", check_moe_decode, **_moe_shapes(rank))
+    answer = rank.options.ask("moe_decode", check_moe_decode, **moe_shapes(rank))
 
     def compiled(x: Tensor, logits: Tensor) -> Callable[[], Tensor]:
         routing = route_decode(logits, **_route_options(rank))
@@ -315,7 +316,7 @@ def _moe_decode(rank: Rank, B: int) -> Case:
 
 
 def _moe_prefill(rank: Rank, T: int) -> Case:
-    answer = rank.options.ask("moe_prefill", check_moe_prefill, **_moe_shapes(rank))
+    answer = rank.options.ask("moe_prefill", check_moe_prefill, **moe_shapes(rank))
 
     def compiled(x: Tensor, logits: Tensor) -> Callable[[], Tensor]:
         weights, experts = route_prefill(logits, **_route_options(rank))

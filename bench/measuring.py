@@ -11,7 +11,7 @@ from typing import Any
 from bench.codec import from_plain, to_plain
 from bench.floor import Chunk, Work, decode_chunks, floor_us, step_work
 from bench.launch import PartError, run_part
-from bench.machine import Machine
+from bench.machine import Machine, Rates
 from bench.result import (
     KernelPart,
     KernelRow,
@@ -30,6 +30,7 @@ from shared_config.presets import PRESETS, with_layers
 
 OP_TIMEOUT_S = 300.0
 MODEL_TIMEOUT_S = 900.0
+PAIR = 2  # ranks that pair_allreduce is for
 PEER_MEMORY_SHARE = 0.8  # of one device, for the peer's weights
 
 
@@ -158,17 +159,38 @@ def with_floors(rows: Sequence[ModelRow], spec: ModelSpec, machine: Machine) -> 
 
 
 def measure_kernels(spec: KernelSpec, machine: Machine) -> tuple[list[KernelRow], list[str]]:
-    """All rows with their floors, and notes on which kernels run here."""
+    """All rows with their floors, and notes on which kernels run here, and on what is missing."""
     ParallelLayout(tp_size=spec.tp).validate(spec.config)
-    env = part_environment("torch", spec.device, tp=1)
-    part = from_plain(
-        KernelPart, run_part("bench.torch_kernels", to_plain(spec), timeout_s=MODEL_TIMEOUT_S, env=env)
-    )
-    rows = []
-    for row in part.rows:
-        work = Work(memory_bytes=row.memory_bytes, flops=row.flops)
-        rows.append(replace(row, floor_us=floor_us({row.kernel: work}, machine.rates)))
-    return rows, list(part.notes)
+    refusal = pair_refusal(spec, machine)
+    rows: list[KernelRow] = []
+    notes: list[str] = []
+    for module, ranks in {"bench.torch_kernels": 1, "bench.torch_pair": PAIR}.items():
+        if ranks == PAIR and refusal:
+            notes.append(refusal)
+            continue
+        env = part_environment("torch", spec.device, ranks)
+        answer = run_part(module, to_plain(spec), world_size=ranks, timeout_s=MODEL_TIMEOUT_S, env=env)
+        part = from_plain(KernelPart, answer)
+        rows += [replace(row, floor_us=kernel_floor_us(row, machine.rates)) for row in part.rows]
+        notes += part.notes
+    return rows, notes
+
+
+def pair_refusal(spec: KernelSpec, machine: Machine) -> str:
+    """Why the kernels that two ranks run together are not measured, or ""."""
+    if spec.tp != PAIR:
+        return f"pair_allreduce not measured: it is for {PAIR} ranks, and --tp is {spec.tp}"
+    if spec.device == "cuda" and machine.hardware.num_gpus < PAIR:
+        return (
+            f"pair_allreduce not measured: it needs {PAIR} GPUs, this machine has {machine.hardware.num_gpus}"
+        )
+    return ""
+
+
+def kernel_floor_us(row: KernelRow, rates: Rates) -> float:
+    """One kernel can read, compute and send at the same time."""
+    alone = Work(memory_bytes=row.memory_bytes, flops=row.flops)
+    return 1e6 * max(alone.seconds(rates), Work(wire_bytes=row.wire_bytes).seconds(rates))
 
 
 def part_environment(framework: str, device: str, tp: int) -> dict[str, str]:

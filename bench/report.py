@@ -111,7 +111,7 @@ def model_table(rows: Sequence[ModelRow], phase: str) -> TableCells:
 
 
 def kernel_table(rows: Sequence[KernelRow], phase: str) -> TableCells:
-    """A line per kernel and size. `share`: of the floor's rate, which the bytes or the products bound."""
+    """A line per kernel and size. `share`: of the floor's rate, which bytes, link or products bound."""
     headings = [
         "kernel",
         "tokens",
@@ -122,6 +122,7 @@ def kernel_table(rows: Sequence[KernelRow], phase: str) -> TableCells:
         "share",
         "MB",
         "GB/s",
+        "link GB/s",
         "TFLOP/s",
         "apart",
     ]
@@ -133,11 +134,15 @@ def kernel_table(rows: Sequence[KernelRow], phase: str) -> TableCells:
         floor = "-" if row.floor_us is None else f"{row.floor_us:.1f}"
         megabytes = f"{row.memory_bytes / 1e6:.1f}"
         if row.timing is None:
-            lines.append([*line, "-", _us(row.plain), floor, "-", megabytes, "-", "-", "-"])
+            lines.append([*line, "-", _us(row.plain), floor, "-", megabytes, "-", "-", "-", "-"])
             continue
         us, share = row.timing.median_us, row.share
         line += [_us(row.timing), _us(row.plain), floor, "-" if share is None else f"{share:.0%}", megabytes]
-        rates = [f"{row.memory_bytes / us / 1e3:.0f}", f"{row.flops / us / 1e6:.1f}" if row.flops else "-"]
+        rates = [
+            f"{row.memory_bytes / us / 1e3:.0f}",
+            f"{row.wire_bytes / us / 1e3:.0f}" if row.wire_bytes else "-",
+            f"{row.flops / us / 1e6:.1f}" if row.flops else "-",
+        ]
         lines.append([*line, *rates, "-" if row.apart is None else f"{row.apart:.1g}"])
     return headings, lines
 

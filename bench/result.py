@@ -221,7 +221,8 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class KernelSpec(Shapes):
-    """What `kernels` measures, on one device: the project's own kernels with the shapes of one of `tp` ranks.
+    """What `kernels` measures: the project's own kernels with the shapes of one of `tp` ranks, on one device, and those
+    that two ranks run together on two.
 
     Decode steps are of `batches` sequences, passes of prefill of one prompt and of as many as fit into
     `max_step_tokens`.
@@ -236,15 +237,19 @@ class KernelSpec(Shapes):
             found += [(1, length), (self.max_step_tokens // length, length)]
         return tuple(dict.fromkeys(found))
 
+    def fusion_request(self) -> FusionRequest:
+        """What a user gets, so that a kernel that does not run here is a line that says why."""
+        return FusionRequest(backend="trtllm" if self.device == "cuda" else "reference")
+
 
 @dataclass(frozen=True)
 class KernelRow:
     """One kernel in one phase. `length`: of the context or the prompts, None where nothing depends on it.
 
     `timing` is None where the kernel does not run on this device; `plain` is the same in plain torch. `memory_bytes`:
-    every operand read once (of weights and caches what is touched) and every result written once; `floor_us`: the
-    longer of those bytes and `flops` at the measured rates. `apart`: the distance of the two results in the 2-norm,
-    relative to the plain one.
+    every operand read once (of weights and caches what is touched) and every result written once; `wire_bytes`: what a
+    rank sends its peer; `floor_us`: the longest of those bytes and `flops` at the measured rates. `apart`: the distance
+    of the two results in the 2-norm, relative to the plain one.
     """
 
     kernel: str
@@ -255,6 +260,7 @@ class KernelRow:
     plain: Timing
     memory_bytes: int
     flops: float
+    wire_bytes: int
     floor_us: float | None
     apart: float | None
 
@@ -321,4 +327,7 @@ def _as_of_today(plain: dict[str, Any]) -> dict[str, Any]:
             name: {"pair": no_pair, **decision} if isinstance(decision, dict) else decision
             for name, decision in decisions.items()
         }
-    return {"kernel_spec": None, "kernels": [], **plain, "decisions": decisions}
+    kernels = plain.get("kernels", [])
+    if isinstance(kernels, list):
+        kernels = [{"wire_bytes": 0, **row} if isinstance(row, dict) else row for row in kernels]
+    return {"kernel_spec": None, **plain, "kernels": kernels, "decisions": decisions}

@@ -15,7 +15,7 @@ from bench.kernel_cases import Case, cases
 from bench.kernel_operands import Rank
 from bench.rates import cache_bytes
 from bench.result import KernelPart, KernelRow, KernelSpec
-from bench.stats import summarize
+from bench.stats import Timing, summarize
 from core_torch.kernels.choice import Answers, describe
 
 FURTHEST = 0.03  # apart: both round to bfloat16 where the other does not
@@ -43,25 +43,26 @@ def measure(case: Case, repeats: int, device: torch.device) -> KernelRow:
     apart = timing = None
     if case.answer.usable:
         apart = distance(case)
-        if not apart <= FURTHEST:
-            raise RuntimeError(
-                f"{case.kernel} with {case.num_tokens} tokens is {apart:.3g} apart from plain torch, "
-                f"and at most {FURTHEST} is rounding"
-            )
+        check_distance(case, apart)
         calls = [partial(case.compiled, i) for i in range(case.num_sets)]
         timing = summarize(samples_us(calls, repeats, device))
     calls = [partial(case.plain, i) for i in range(case.num_sets if decodes else 1)]
     # An engine in plain torch captures its decode steps too, but not its prefill.
     plain = samples_us(calls, repeats if decodes else min(repeats, PLAIN_REPEATS), device, in_graph=decodes)
+    return kernel_row(case, timing, summarize(plain), apart)
+
+
+def kernel_row(case: Case, timing: Timing | None, plain: Timing, apart: float | None) -> KernelRow:
     return KernelRow(
         kernel=case.kernel,
         phase=case.phase,
         num_tokens=case.num_tokens,
         length=case.length,
         timing=timing,
-        plain=summarize(plain),
+        plain=plain,
         memory_bytes=case.memory_bytes,
         flops=case.flops,
+        wire_bytes=case.wire_bytes,
         floor_us=None,
         apart=apart,
     )
@@ -74,3 +75,13 @@ def distance(case: Case) -> float:
     case.restore()
     want: Tensor = case.plain(0).double()
     return ((got - want).norm() / want.norm().clamp(min=LEAST_NORM)).item()
+
+
+def check_distance(case: Case, *distances: float) -> None:
+    """RuntimeError for one that is more than rounding."""
+    for apart in distances:
+        if not apart <= FURTHEST:  # written so that NaN is too far
+            raise RuntimeError(
+                f"{case.kernel} with {case.num_tokens} tokens is {apart:.3g} apart from plain torch, "
+                f"and at most {FURTHEST} is rounding"
+            )

@@ -82,6 +82,7 @@ def kernel_row(kernel: str, num_tokens: int, median_us: float | None, **changes:
         "plain": timing(100.0),
         "memory_bytes": num_tokens * 1_000_000,
         "flops": 0.0,
+        "wire_bytes": 0,
         "floor_us": 10.0 if median_us is None else median_us / 4,
         "apart": None if median_us is None else 0.002,
     }

@@ -2,40 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from bench import torch_pair
 from bench.clock import samples_us
 from bench.kernel_cases import Case, cases
 from bench.kernel_operands import MAX_SETS, MIN_SETS, Rank
+from bench.result import KernelRow, KernelSpec
 from bench.torch_kernels import distance, measure
+from core_torch.kernels import moe_prefill
+from core_torch.kernels.comm import GlooComm
 from core_torch.kernels.native import Answer
+from core_torch.kernels.workspace import open_workspace
+from shared_config import FlashInferInfo
 from shared_config.presets import with_layers
 from tests.bench_cases import kernel_spec
+from tests.fusion_ranks import HIDDEN, decide, reduce_group
+from tests.ranks import RankError, RankPool
+from tests.test_allreduce import plain_combine
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[tuple[str, str, int], Case]:
-    """Every case of a small model with the 80B model's proportions, by kernel, phase and tokens."""
+def small_spec(**changes: int) -> KernelSpec:
+    """Of a small model with the 80B model's proportions."""
     config = {
         **with_layers(kernel_spec().hf_config, 4),
-        "hidden_size": 64,
+        "hidden_size": HIDDEN,
         "vocab_size": 101,
         "num_experts": 16,
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 32,
+        **changes,
     }
-    spec = kernel_spec(
+    return kernel_spec(
         hf_config=config, batches=(1, 3), lengths=(20,), max_step_tokens=67, device="cpu", dtype="float32"
     )
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[tuple[str, str, int], Case]:
+    """Every case by kernel, phase and tokens."""
     torch.manual_seed(0)
-    return {(case.kernel, case.phase, case.num_tokens): case for case in cases(Rank(spec, CPU, 0))}
+    return {(case.kernel, case.phase, case.num_tokens): case for case in cases(Rank(small_spec(), CPU, 0))}
 
 
 def test_every_kernel_has_a_case_for_each_size(found: dict[tuple[str, str, int], Case]) -> None:
@@ -123,3 +140,69 @@ def test_a_sample_is_the_mean_of_all_calls() -> None:
     calls = [lambda i=i: called.append(i) for i in range(3)]
     assert len(samples_us(calls, 2, CPU)) == 2
     assert called == [0, 1, 2] * 3  # once to warm up
+
+
+def two_rank_rows(spec: KernelSpec, usable: bool, wrong_on: int | None) -> list[KernelRow]:
+    """The rows of what two ranks run together; where it is said to be `usable`, on the reference workspace."""
+    decision, device = decide(2, max_tokens=67, itemsize=4), CPU
+    with (
+        torch.inference_mode(),
+        mock.patch.object(moe_prefill, "combine", plain_combine),
+        open_workspace(
+            decision, GlooComm(), hidden_size=HIDDEN, dtype=torch.float32, device=device, max_tokens=67,
+            flashinfer=FlashInferInfo(), device_group=dist.group.WORLD,
+        ) as workspace,
+    ):  # fmt: skip
+        group, rows = reduce_group(decision, workspace), []
+        for case in torch_pair.cases(Rank(spec, device, 0), group):
+            assert not case.answer.usable
+            factor = 1.1 if group.rank == wrong_on else 1.0
+
+            def scaled(i: int, case: Case = case, factor: float = factor) -> Tensor:
+                return case.compiled(i) * factor
+
+            answer = Answer(True) if usable else case.answer
+            rows.append(torch_pair.measure(replace(case, answer=answer, compiled=scaled), 2, group, device))
+        assert (group.counts.fused > 0) == usable
+    return rows
+
+
+def test_two_ranks_kernels_are_timed_beside_plain_torch(ranks: Callable[[int], RankPool]) -> None:
+    rows, others = ranks(2).run(two_rank_rows, small_spec(), True, None)
+    assert rows == others, "both tell the slower rank's times"
+    message, choices = 4 * 64, 4 * 4 * 64 + 4 * 4  # bytes of a token: its row; its four parts and their ids
+    assert [(row.kernel, row.num_tokens, row.memory_bytes, row.wire_bytes) for row in rows] == [
+        (kernel, T, T * read + 4 * 64, T * message)
+        for T in (20, 60)
+        for kernel, read in (
+            ("pair_allreduce", 4 * message),
+            ("pair_allreduce: choices", choices + 3 * message),
+            ("combine + pair_allreduce", choices + 3 * message),
+        )
+    ]
+    for row in rows:
+        assert row.timing is not None
+        assert (row.timing.samples, row.plain.samples) == (2, 2)
+        assert row.apart == pytest.approx(0, abs=1e-6)
+
+
+def test_where_they_do_not_run_only_plain_torch_is_timed(ranks: Callable[[int], RankPool]) -> None:
+    for row in ranks(2).run(two_rank_rows, small_spec(), False, None)[0]:
+        assert (row.timing, row.apart) == (None, None)
+
+
+def test_a_kernel_that_is_wrong_on_one_rank_is_timed_on_none(ranks: Callable[[int], RankPool]) -> None:
+    with pytest.raises(RankError, match=r"pair_allreduce with 20 tokens is 0.1 apart"):
+        ranks(2).run(two_rank_rows, small_spec(), True, 1)
+
+
+def choices_answer(spec: KernelSpec) -> str:
+    decision = decide(2, max_tokens=67, itemsize=4)
+    found = torch_pair.cases(Rank(spec, CPU, 0), reduce_group(decision))
+    return next(case.answer.reason for case in found if case.kernel == "pair_allreduce: choices")
+
+
+def test_a_shared_expert_of_its_own_size_leaves_no_choices_to_add(ranks: Callable[[int], RankPool]) -> None:
+    apart = ranks(2).run(choices_answer, small_spec(shared_expert_intermediate_size=64))
+    assert all(reason.startswith("the shared expert has a size of its own") for reason in apart)
+    assert not any("shared expert" in reason for reason in ranks(2).run(choices_answer, small_spec()))

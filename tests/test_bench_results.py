@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from bench import readme
 from bench.__main__ import main
 from bench.codec import from_plain, to_plain
 from bench.compare import compare, differences
+from bench.machine import Rates
+from bench.measuring import kernel_floor_us, pair_refusal
 from bench.plots import draw
 from bench.report import (
     crossing,
@@ -160,6 +163,7 @@ KERNELS = (
     kernel_row("gdn_decode", 8, 8.0),
     kernel_row("paged_decode", 8, 4.0, length=1024, flops=4e6),
     kernel_row("moe_prefill: experts", 8192, 1000.0, phase="prefill", flops=3e11),
+    kernel_row("pair_allreduce", 8192, 100.0, phase="prefill", wire_bytes=33_000_000),
     kernel_row("norm_rope", 8, None),
 )
 
@@ -169,11 +173,14 @@ def test_a_kernel_stands_beside_plain_torch_and_its_floor() -> None:
     rows = [dict(zip(headings, line, strict=True)) for line in lines]
     assert rows[1] == {
         "kernel": "gdn_decode", "tokens": "8", "length": "", "us": "8.0 ± 0.4", "plain torch us": "100.0 ± 5.0",
-        "floor us": "2.0", "share": "25%", "MB": "8.0", "GB/s": "1000", "TFLOP/s": "-", "apart": "0.002",
+        "floor us": "2.0", "share": "25%", "MB": "8.0", "GB/s": "1000", "link GB/s": "-", "TFLOP/s": "-",
+        "apart": "0.002",
     }  # fmt: skip
     assert (rows[2]["length"], rows[2]["TFLOP/s"]) == ("1024", "1.0")
     assert (rows[3]["kernel"], rows[3]["us"], rows[3]["share"]) == ("norm_rope", "-", "-")
-    assert [line[0] for line in kernel_table(KERNELS, "prefill")[1]] == ["moe_prefill: experts"]
+    prefill = [dict(zip(headings, line, strict=True)) for line in kernel_table(KERNELS, "prefill")[1]]
+    assert [row["kernel"] for row in prefill] == ["moe_prefill: experts", "pair_allreduce"]
+    assert [row["link GB/s"] for row in prefill] == ["-", "330"]
     assert share_table(KERNELS, "decode") == (
         ["kernel", "1", "8"],
         [["gdn_decode", "2.0 (25%)", "8.0 (25%)"], ["paged_decode, length 1024", "-", "4.0 (25%)"]],
@@ -207,6 +214,33 @@ def test_results_of_before_there_were_kernels_are_read(tmp_path: Path) -> None:
     loaded = Result.load(file)
     assert loaded.kernels == ()
     assert loaded.decisions["torch op"].pair.max_bytes == 0
+
+
+def test_results_of_before_kernels_had_peers_are_read(tmp_path: Path) -> None:
+    plain = to_plain(result(kernels=KERNELS[:1]))
+    del plain["kernels"][0]["wire_bytes"]
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(plain))
+    assert Result.load(file).kernels == KERNELS[:1]
+
+
+def test_a_kernel_cannot_be_faster_than_its_bytes_its_products_or_its_link() -> None:
+    rates = Rates(memory_bytes_per_s=4e12, flops_per_s=800e12, link_bytes_per_s=400e9)
+    row = kernel_row(
+        "pair_allreduce: choices", 8, None, memory_bytes=4_000_000, flops=1.6e9, wire_bytes=1_200_000
+    )
+    assert kernel_floor_us(row, rates) == pytest.approx(3)
+    assert kernel_floor_us(replace(row, wire_bytes=0), rates) == pytest.approx(2)
+    assert kernel_floor_us(replace(row, wire_bytes=0, flops=0.0), rates) == pytest.approx(1)
+
+
+def test_what_two_ranks_run_is_left_out_with_a_reason() -> None:
+    machine = result().machine
+    assert pair_refusal(kernel_spec(), machine) == ""
+    assert "for 2 ranks, and --tp is 4" in pair_refusal(kernel_spec(tp=4), machine)
+    alone = replace(machine, hardware=replace(machine.hardware, num_gpus=1))
+    assert "needs 2 GPUs, this machine has 1" in pair_refusal(kernel_spec(), alone)
+    assert pair_refusal(kernel_spec(device="cpu"), alone) == ""
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:

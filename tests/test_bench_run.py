@@ -118,8 +118,9 @@ def test_everything_on_cpu(tmp_path: Path) -> None:
             assert 0 < row.communication_share < 1
     assert set(loaded.decisions) == {"torch op", "jax op", "torch model", "jax model"}
     assert all(decision.enabled for decision in loaded.decisions.values())
-    alone, kernels, memory, jax_kernels = loaded.notes
+    alone, pair, kernels, memory, jax_kernels = loaded.notes
     assert alone.startswith("kernels plain: add_norm, few_rows, ")
+    assert pair.startswith("two ranks: kernels plain: ")
     assert jax_kernels.startswith("jax: kernels plain: add_norm, ")
     assert kernels.startswith("torch: kernels plain: ")
     assert memory.startswith("torch: memory of rank 0: weights")
@@ -127,8 +128,8 @@ def test_everything_on_cpu(tmp_path: Path) -> None:
     assert loaded.kernel_spec is not None
     names = {row.kernel.split(":")[0] for row in loaded.kernels}
     assert names == {
-        "add_norm", "few_rows", "flash_prefill", "gdn_decode", "gdn_prefill", "moe_decode", "moe_prefill", "norm_rope",
-        "paged_decode", "vocabulary",
+        "add_norm", "combine + pair_allreduce", "few_rows", "flash_prefill", "gdn_decode", "gdn_prefill", "moe_decode",
+        "moe_prefill", "norm_rope", "paged_decode", "pair_allreduce", "vocabulary",
     }  # fmt: skip
     assert {(row.num_tokens, row.length) for row in loaded.kernels if row.kernel == "gdn_prefill"} == {
         (9, 9),
