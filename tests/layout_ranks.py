@@ -221,9 +221,9 @@ def start_groups(
     made: list[Workspace] = []
     run, create, opened = selftest.run, ReferenceBuffers.create, Workspace.__init__
 
-    def tested_run(op: Any, cases: Any, world_size: int) -> None:
-        run(op, cases, world_size)
-        tested.append(tuple(dist.get_process_group_ranks(op.__self__._group)))
+    def tested_run(buffers: Any, cases: Any, world_size: int) -> None:
+        run(buffers, cases, world_size)
+        tested.append(tuple(dist.get_process_group_ranks(buffers._group)))
 
     def failing_create(self: ReferenceBuffers, max_tokens: int, comm: Any) -> None:
         if tuple(dist.get_process_group_ranks(self._group)) == failing_group:

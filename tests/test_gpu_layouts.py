@@ -74,8 +74,8 @@ def on_rank(specs: list[SessionSpec]) -> list[tuple[FusionDecision, Outputs, lis
     for spec in specs:
         tested: list[int] = []
 
-        def noted(op: Any, cases: Any, world_size: int, tested: list[int] = tested) -> None:
-            run(op, cases, world_size)
+        def noted(buffers: Any, cases: Any, world_size: int, tested: list[int] = tested) -> None:
+            run(buffers, cases, world_size)
             tested.append(world_size)
 
         selftest.run = noted

@@ -31,6 +31,7 @@ from shared_config import FlashInferInfo, FusionDecision, FusionError, FusionWar
 from shared_config.limits import PairLimit
 from tests.fusion_ranks import HIDDEN, FakeFlashInfer, ThreadComm, decide, on_threads
 from tests.ranks import RankError, RankPool
+from tests.test_allreduce import plain_combine
 
 CPU = torch.device("cpu")
 Pools = Callable[[int], RankPool]
@@ -260,8 +261,7 @@ class FakePair:
 
     def run_choices(self, choices: ChoiceParts, *operands: Any) -> None:
         self.choices.append(len(choices.experts))
-        kept = (choices.experts >= 0) & (choices.experts < choices.num_experts)
-        self.run((choices.parts.unflatten(0, kept.shape) * kept[..., None]).sum(1), *operands)
+        self.run(plain_combine(choices.parts, choices.experts, num_experts=choices.num_experts), *operands)
 
     def destroy(self) -> None:
         self.closed = True
@@ -307,13 +307,14 @@ def test_long_calls_run_in_their_own_kernel_which_is_tested_first(
 
     started = start_on_threads(fake, decision=lambda _: same)
     assert [pair.max_tokens for pair in made_pairs] == [150, 150]
-    assert [pair.calls for pair in made_pairs] == [[150], [150]], "the self-test has its largest batch"
+    assert [pair.calls for pair in made_pairs] == [[150, 103], [150, 103]], "the largest batch, then choices"
+    assert [pair.choices for pair in made_pairs] == [[103], [103]]
     assert fake.created[-1]["max_token_num"] == 100
     fake.calls.clear()
     results = on_threads(2, lambda comm: use(started[comm.rank][1]))
     assert not any(results), results
-    assert [pair.calls for pair in made_pairs] == [[150, 101, 101], [150, 101, 101]]
-    assert [pair.choices for pair in made_pairs] == [[101], [101]]
+    assert [pair.calls for pair in made_pairs] == [[150, 103, 101, 101], [150, 103, 101, 101]]
+    assert [pair.choices for pair in made_pairs] == [[103, 101], [103, 101]]
     assert sorted(call["input"].shape[0] for call in fake.calls) == [7, 7, 100, 100]
     for _, workspace in started:
         workspace.close()

@@ -8,18 +8,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from core_torch.kernels import buffers, contract, flashinfer_api, selftest
 from core_torch.kernels.contract import add_rmsnorm, fold_weight, sum_in_rank_order
 from core_torch.kernels.flashinfer_api import FlashInferApi, buffer_bytes, try_allocation, use_oneshot
+from core_torch.kernels.moe_prefill import ChoiceParts
 from core_torch.kernels.workspace import Workspace, WorkspaceError, open_workspace
 from shared_config import FlashInferInfo, FusionDecision, probe_flashinfer
 from tests.fusion_ranks import HIDDEN, FakeFlashInfer, ThreadComm, decide, on_threads, operands
+from tests.test_allreduce import plain_combine
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -460,6 +463,7 @@ def cases(world_size: int, dtype: torch.dtype, max_tokens: int = 67) -> list[sel
         dtype=dtype,
         device=CPU,
         token_counts=selftest.token_counts(max_tokens, max_tokens),
+        choice_counts=[3],
     )
 
 
@@ -495,3 +499,38 @@ def test_the_self_test_covers_one_odd_and_full_batches():
     assert selftest.token_counts(8192, 512) == [1, 3, 64, 512, 8192, 1]  # each kernel's largest
     assert selftest.token_counts(2, 512) == [1, 2, 1]
     assert selftest.token_counts(1, 512) == [1, 1]
+
+
+def test_the_self_test_covers_choices_where_a_kernel_adds_them():
+    adds = SimpleNamespace(adds_choices=lambda num_tokens: num_tokens > 512)
+    assert selftest.choice_counts(cast("Any", adds), 8192, 512) == [515]
+    assert selftest.choice_counts(cast("Any", adds), 514, 512) == [514]
+    assert selftest.choice_counts(cast("Any", adds), 512, 512) == []
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_self_test_gives_choices_to_who_adds_them(wrong: bool):
+    """A stand-in on one rank, which has the other's part from its seed, and adds choices as the reference does."""
+
+    def run(
+        partial: Tensor, residual: Tensor, weight: Tensor, eps: float, bias: float, *outputs: Tensor
+    ) -> None:
+        index = next(case.index for case in tested if case.out_normed is outputs[1])
+        parts = torch.stack((partial, selftest._partial(index, 1, 2, tuple(partial.shape), BF16)))
+        for out, value in zip(
+            outputs, add_rmsnorm(sum_in_rank_order(parts), residual, weight, eps, bias), strict=True
+        ):
+            out.copy_(value)
+
+    def run_choices(choices: ChoiceParts, *rest: Any) -> None:
+        experts = torch.zeros_like(choices.experts) if wrong else choices.experts
+        run(plain_combine(choices.parts, experts, num_experts=choices.num_experts), *rest)
+
+    tested = cases(2, BF16)
+    assert [case.choices is not None for case in tested] == [False] * (len(tested) - 1) + [True]
+    stand_in = cast("Any", SimpleNamespace(run=run, run_choices=run_choices))
+    if wrong:
+        with pytest.raises(RuntimeError, match="values of the residual are wrong for 3 tokens"):
+            selftest.run(stand_in, tested, 2)
+    else:
+        selftest.run(stand_in, tested, 2)

@@ -223,11 +223,12 @@ class Workspace:
                 dtype=self.dtype,
                 device=self.device,
                 token_counts=selftest.token_counts(max_tokens, self._most_tokens),
+                choice_counts=selftest.choice_counts(buffers, max_tokens, self._most_tokens),
             )
         )
         self._agree("preparing the self-test", prepared, buffers)
         cases = prepared.value or []
-        tested = attempt(lambda: selftest.run(buffers.run, cases, self.world_size))
+        tested = attempt(lambda: selftest.run(buffers, cases, self.world_size))
         self._agree("the self-test", tested, buffers)
         return buffers
 
