@@ -139,9 +139,14 @@ def _choices(rank: Rank, group: ReduceGroup, T: int) -> Iterator[Case]:
     pair = _pair_takes(group, T, rank.dtype.itemsize)
     both = first_failure((makes_parts.usable, makes_parts.reason), (pair.usable, pair.reason))
     apart = "the shared expert has a size of its own, so a rank owes more than a token's choices"
+    adds = group.workspace is not None and group.workspace.adds_choices(choices[0])
     yield case(
         "pair_allreduce: choices",
-        first_failure((bool(rank.shared), apart), (both.usable, both.reason)),
+        first_failure(
+            (bool(rank.shared), apart),
+            (both.usable, both.reason),
+            (adds, "the workspace adds no choices of this kind, so they would be added before"),
+        ),
         lambda i: pay(choices[i], residuals[i])[1],
     )
     yield case("combine + pair_allreduce", both, lambda i: pay(choices[i].sum(), residuals[i])[1])
