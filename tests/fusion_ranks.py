@@ -62,6 +62,12 @@ def operands(num_tokens: int, rank: int, dtype: torch.dtype, seed: int = 0) -> t
     return rank_data(num_tokens, rank, dtype, seed), rank_data(num_tokens, 98, dtype, seed), weight
 
 
+def plain_combine(parts: Tensor, experts: Tensor, *, num_experts: int) -> Tensor:
+    """`moe_prefill.combine` where no kernel runs."""
+    kept = (experts >= 0) & (experts < num_experts)
+    return torch.where(kept[..., None], parts.unflatten(0, experts.shape).float(), 0).sum(1).to(parts.dtype)
+
+
 def reduce_group(
     decision: FusionDecision, workspace: Any = None, ranks: tuple[int, ...] | None = None, group: Any = None
 ) -> ReduceGroup:

@@ -28,7 +28,7 @@ from core_torch.kernels.native import Answer
 from core_torch.kernels.norm import rms_norm, rms_norm_reference
 from core_torch.kernels.workspace import Workspace, open_workspace
 from shared_config import FlashInferInfo, FusionDecision
-from tests.fusion_ranks import HIDDEN, decide, operands, rank_data, reduce_group
+from tests.fusion_ranks import HIDDEN, decide, operands, plain_combine, rank_data, reduce_group
 from tests.ranks import RankPool
 
 Pools = Callable[[int], RankPool]
@@ -119,11 +119,6 @@ def in_pieces(part: Tensor) -> ChoiceParts:
     experts = torch.zeros(len(part), 3).int()
     experts[::2, 1], experts[1::2, 2] = 1, -1
     return ChoiceParts(torch.stack((part / 4, part, part / 2), dim=1).flatten(0, 1), experts, 1)
-
-
-def plain_combine(parts: Tensor, experts: Tensor, *, num_experts: int) -> Tensor:
-    kept = (experts >= 0) & (experts < num_experts)
-    return torch.where(kept[..., None], parts.unflatten(0, experts.shape).float(), 0).sum(1).to(parts.dtype)
 
 
 def pay_choices(mode: str) -> list[bool]:

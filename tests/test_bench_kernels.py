@@ -24,9 +24,8 @@ from core_torch.kernels.workspace import open_workspace
 from shared_config import FlashInferInfo
 from shared_config.presets import with_layers
 from tests.bench_cases import kernel_spec
-from tests.fusion_ranks import HIDDEN, decide, reduce_group
+from tests.fusion_ranks import HIDDEN, decide, plain_combine, reduce_group
 from tests.ranks import RankError, RankPool
-from tests.test_allreduce import plain_combine
 
 CPU = torch.device("cpu")
 
@@ -187,8 +186,8 @@ def test_two_ranks_kernels_are_timed_beside_plain_torch(ranks: Callable[[int], R
 
 
 def test_where_they_do_not_run_only_plain_torch_is_timed(ranks: Callable[[int], RankPool]) -> None:
-    for row in ranks(2).run(two_rank_rows, small_spec(), False, None)[0]:
-        assert (row.timing, row.apart) == (None, None)
+    rows, _ = ranks(2).run(two_rank_rows, small_spec(), False, None)
+    assert [(row.timing, row.apart) for row in rows] == [(None, None)] * 6
 
 
 def test_a_kernel_that_is_wrong_on_one_rank_is_timed_on_none(ranks: Callable[[int], RankPool]) -> None:

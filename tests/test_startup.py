@@ -29,9 +29,8 @@ from core_torch.kernels.startup import start_fusion
 from core_torch.kernels.votes import FatalStepError
 from shared_config import FlashInferInfo, FusionDecision, FusionError, FusionWarning, probe_flashinfer
 from shared_config.limits import PairLimit
-from tests.fusion_ranks import HIDDEN, FakeFlashInfer, ThreadComm, decide, on_threads
+from tests.fusion_ranks import HIDDEN, FakeFlashInfer, ThreadComm, decide, on_threads, plain_combine
 from tests.ranks import RankError, RankPool
-from tests.test_allreduce import plain_combine
 
 CPU = torch.device("cpu")
 Pools = Callable[[int], RankPool]

@@ -21,8 +21,7 @@ from core_torch.kernels.flashinfer_api import FlashInferApi, buffer_bytes, try_a
 from core_torch.kernels.moe_prefill import ChoiceParts
 from core_torch.kernels.workspace import Workspace, WorkspaceError, open_workspace
 from shared_config import FlashInferInfo, FusionDecision, probe_flashinfer
-from tests.fusion_ranks import HIDDEN, FakeFlashInfer, ThreadComm, decide, on_threads, operands
-from tests.test_allreduce import plain_combine
+from tests.fusion_ranks import HIDDEN, FakeFlashInfer, ThreadComm, decide, on_threads, operands, plain_combine
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
