@@ -25,12 +25,12 @@ from bench.result import (
 )
 from shared_config import FusionDecision, ParallelLayout, Qwen3NextConfig
 from shared_config.checkpoint import plan_checkpoint
+from shared_config.limits import PAIR_SIZE
 from shared_config.model import read_hf_config
 from shared_config.presets import PRESETS, with_layers
 
 OP_TIMEOUT_S = 300.0
 MODEL_TIMEOUT_S = 900.0
-PAIR = 2  # ranks that pair_allreduce is for
 PEER_MEMORY_SHARE = 0.8  # of one device, for the peer's weights
 
 
@@ -164,8 +164,8 @@ def measure_kernels(spec: KernelSpec, machine: Machine) -> tuple[list[KernelRow]
     refusal = pair_refusal(spec, machine)
     rows: list[KernelRow] = []
     notes: list[str] = []
-    for module, ranks in {"bench.torch_kernels": 1, "bench.torch_pair": PAIR}.items():
-        if ranks == PAIR and refusal:
+    for module, ranks in {"bench.torch_kernels": 1, "bench.torch_pair": PAIR_SIZE}.items():
+        if ranks == PAIR_SIZE and refusal:
             notes.append(refusal)
             continue
         env = part_environment("torch", spec.device, ranks)
@@ -178,12 +178,10 @@ def measure_kernels(spec: KernelSpec, machine: Machine) -> tuple[list[KernelRow]
 
 def pair_refusal(spec: KernelSpec, machine: Machine) -> str:
     """Why the kernels that two ranks run together are not measured, or ""."""
-    if spec.tp != PAIR:
-        return f"pair_allreduce not measured: it is for {PAIR} ranks, and --tp is {spec.tp}"
-    if spec.device == "cuda" and machine.hardware.num_gpus < PAIR:
-        return (
-            f"pair_allreduce not measured: it needs {PAIR} GPUs, this machine has {machine.hardware.num_gpus}"
-        )
+    if spec.tp != PAIR_SIZE:
+        return f"pair_allreduce not measured: it is for {PAIR_SIZE} ranks, and --tp is {spec.tp}"
+    if spec.device == "cuda" and machine.hardware.num_gpus < PAIR_SIZE:
+        return f"pair_allreduce not measured: it needs {PAIR_SIZE} GPUs, this machine has {machine.hardware.num_gpus}"
     return ""
 
 
